@@ -1,0 +1,457 @@
+"""The picture of a run: loss, bits per byte, schedule, and where the artifact's bytes go.
+
+    python tools/plot.py RUN_FOLDER [--out curve.png]
+
+Draws what the run folder holds (events.jsonl, config.json, result.json) and says in the picture what it lacks, so a
+run that is still going, or that was killed, has a picture too. Needs nothing of train_gpt.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH_PIXELS, HEIGHT_PIXELS, DOTS_PER_INCH = 1600, 1200, 100
+# Okabe and Ito's colours: told apart by colour-blind eyes as well.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
+SCORE_COLOURS = (GREEN, BLUE, PURPLE, "#9C6A00", "#004466")
+ROLE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+MOST_BARS = 14
+TRAINING_TIME = "training time (seconds)"
+
+
+class PlotError(Exception):
+    """A user's mistake; the message is one clear line."""
+
+
+@dataclass
+class Curve:
+    """One line of a picture: y over x, equally long."""
+
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Series:
+    """Everything that is drawn, free of files and of matplotlib."""
+
+    title: str
+    train_loss: Curve
+    smooth_loss: Curve
+    val_loss: Curve
+    val_bpb: Curve
+    lr_factor: Curve
+    grad_norm: Curve
+    resumes: list[float]
+    scores: dict[str, float]
+    yardsticks: dict[str, float]
+    parts: list[tuple[str, str, int]]
+    total_bytes: int
+    limit_bytes: int | None
+    notes: list[str]
+
+
+# ---- from files to series
+
+
+def read_events(path: Path) -> tuple[list[dict], int]:
+    """Returns the events of a file and the number of lines that are not whole (a killed process leaves one)."""
+    events, broken = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+        else:
+            broken += 1
+    return events, broken
+
+
+def valid_events(events: list[dict]) -> tuple[dict[int, dict], dict[int, dict], list[float]]:
+    """Returns the step and the val events by step number, ascending, and the training seconds of each resume.
+
+    What a killed life wrote after the checkpoint it was resumed from never happened: a resume drops all later
+    steps, and where a step stands there twice the later line wins.
+    """
+    steps: dict[int, dict] = {}
+    vals: dict[int, dict] = {}
+    resumes: list[float] = []
+    for event in events:
+        kind = event["event"]
+        if kind == "resume":
+            for kept in (steps, vals):
+                for step in [step for step in kept if step > event["step"]]:
+                    del kept[step]
+            resumes = [seconds for seconds in resumes if seconds < event["train_seconds"]]
+            resumes.append(event["train_seconds"])
+        elif kind in ("step", "val"):
+            (steps if kind == "step" else vals)[event["step"]] = event
+    return dict(sorted(steps.items())), dict(sorted(vals.items())), resumes
+
+
+def make_curve(events: dict[int, dict], key: str) -> Curve:
+    """Returns `key` over training seconds, only where it is a finite number."""
+    curve = Curve()
+    for event in events.values():
+        y = event.get(key)
+        if isinstance(y, (int, float)) and math.isfinite(y) and "train_seconds" in event:
+            curve.x.append(event["train_seconds"])
+            curve.y.append(y)
+    return curve
+
+
+def smooth(curve: Curve) -> Curve:
+    """Returns the mean over the neighbours on both sides, so that a steep fall is not delayed.
+
+    The window is a fortieth of the points to each side, narrower at the start and one-sided at the end.
+    """
+    reach = len(curve.y) // 40
+    sums = [0.0]
+    for y in curve.y:
+        sums.append(sums[-1] + y)
+    out = Curve(x=list(curve.x))
+    for i in range(len(curve.y)):
+        half = min(reach, i)
+        end = min(i + half + 1, len(curve.y))
+        out.y.append((sums[end] - sums[i - half]) / (end - i + half))
+    return out
+
+
+def tensor_kind(name: str, role: str) -> str:
+    """Returns what a tensor is, whatever its block: `blocks.3.attention.q.weight` -> `q`."""
+    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "blocks", "block")]
+    kind = re.sub(r"[_\d]+$", "", parts[-1]) if parts else ""
+    return kind or role
+
+
+def byte_parts(events: list[dict], result: dict) -> tuple[list[tuple[str, str, int]], int]:
+    """Returns (label, role, bytes) by falling size, code and container last, and the total of all bytes.
+
+    Tensors are summed by role and kind; small groups are joined so that the bars stay readable.
+    """
+    tensors = {event["name"]: event for event in events if event["event"] == "tensor"}
+    groups: dict[tuple[str, str], list[int]] = {}
+    for event in tensors.values():
+        key = (event["role"], tensor_kind(event["name"], event["role"]))
+        groups.setdefault(key, []).append(event["bytes"])
+    ordered = sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0]))
+    parts = []
+    for (role, kind), sizes in ordered[:MOST_BARS]:
+        times = f"  \N{MULTIPLICATION SIGN}{len(sizes)}" if len(sizes) > 1 else ""
+        parts.append(((kind if kind == role else f"{role} \N{MIDDLE DOT} {kind}") + times, role, sum(sizes)))
+    rest = [size for _, sizes in ordered[MOST_BARS:] for size in sizes]
+    if rest:
+        parts.append((f"{len(rest)} smaller tensors", "", sum(rest)))
+    artifact = result.get("artifact") or {}
+    if "model_bytes" in artifact and tensors:
+        inside = sum(event["bytes"] for event in tensors.values())
+        parts.append(("container", "", artifact["model_bytes"] - inside))
+    elif "model_bytes" in artifact:
+        parts.append(("model", "", artifact["model_bytes"]))
+    if "code_bytes" in artifact:
+        parts.append(("code", "", artifact["code_bytes"]))
+    return parts, artifact.get("total_bytes", sum(size for _, _, size in parts))
+
+
+def prepare(events: list[dict], config: dict, result: dict, name: str = "") -> Series:
+    """Returns all series of a run; empty ones where the run has no such data, each with a note.
+
+    `name` stands for the run id where the settings have none. Events of kinds not drawn are ignored.
+    """
+    steps, vals, resumes = valid_events(events)
+    settings = config.get("settings", {})
+    train_loss = make_curve(steps, "train_loss")
+    scores = {key: score["val_bpb"] for key, score in (result.get("scores") or {}).items()}
+    if not scores:  # the run is not finished; what it has scored so far stands in the events
+        scores = {event["evaluator"]: event["val_bpb"] for event in events if event["event"] == "score"}
+    parts, total = byte_parts(events, result)
+    presets = " + ".join(str(value) for value in (settings.get("PRESET"), settings.get("OVERLAY")) if value)
+    missing = [part for part in ("artifact", "scores", "yardsticks") if not result.get(part)]
+    notes = [f"result.json: no {', '.join(missing)}"] if missing else []
+    if not result:
+        notes = ["not finished: no result.json"]
+    return Series(
+        title="   ".join(part for part in (settings.get("RUN_ID") or name, presets) if part),
+        train_loss=train_loss, smooth_loss=smooth(train_loss),
+        val_loss=make_curve(vals, "val_loss"), val_bpb=make_curve(vals, "val_bpb"),
+        lr_factor=make_curve(steps, "lr_factor"), grad_norm=make_curve(steps, "grad_norm"),
+        resumes=resumes, scores=scores, yardsticks=dict(result.get("yardsticks") or {}), parts=parts,
+        total_bytes=total, limit_bytes=(result.get("artifact") or {}).get("limit_bytes"), notes=notes)
+
+
+def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Returns places for labels near `wanted`, at least `gap` apart and inside [low, high] where they fit.
+
+    Labels that would touch are moved as one group around their common middle.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    groups: list[list[float]] = []  # each: sum of (wanted - offset in the group), count, start
+    for index in order:
+        groups.append([wanted[index], 1, wanted[index]])
+        while len(groups) > 1 and groups[-2][2] + groups[-2][1] * gap > groups[-1][2]:
+            total, count, _ = groups.pop()
+            groups[-1][0] += total - count * groups[-1][1] * gap
+            groups[-1][1] += count
+            groups[-1][2] = groups[-1][0] / groups[-1][1]
+    places = [start + i * gap for _, count, start in groups for i in range(int(count))]
+    shift_up = low
+    for i, place in enumerate(places):
+        places[i] = max(place, shift_up)
+        shift_up = places[i] + gap
+    limit = high
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    out = [0.0] * len(wanted)
+    for place, index in zip(places, order, strict=True):
+        out[index] = place
+    return out
+
+
+# ---- from series to a picture
+
+
+def draw(series: Series) -> Figure:
+    """Returns the picture of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold", "axes.grid": True,
+             "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+             "legend.frameon": False, "legend.fontsize": 11.5, "axes.axisbelow": True}
+    with matplotlib.rc_context(style):
+        size = (WIDTH_PIXELS / DOTS_PER_INCH, HEIGHT_PIXELS / DOTS_PER_INCH)
+        figure = Figure(figsize=size, dpi=DOTS_PER_INCH)
+        # The gap in the middle holds the second axis of the schedule and the names of the bars; the right margin
+        # holds the names of the horizontal lines.
+        columns, rows = ((0.055, 0.37), (0.575, 0.31)), ((0.545, 0.325), (0.06, 0.325))
+        for panel, (x, width), (y, height) in (
+                (draw_loss, columns[0], rows[0]), (draw_bits, columns[1], rows[0]),
+                (draw_schedule, columns[0], rows[1]), (draw_bytes, columns[1], rows[1])):
+            panel(figure.add_axes((x, y, width, height)), series)
+        figure.suptitle(series.title, x=0.055, y=0.975, ha="left", fontsize=20, fontweight="bold")
+        if series.notes:
+            figure.text(0.985, 0.958, "; ".join(series.notes), ha="right", fontsize=13, color=RED)
+    return figure
+
+
+def finish(axes: Axes, title: str, x: str, y: str, handles: list | None = None) -> None:
+    """Sets title and labels; the legend stands above the axes, where no data can be."""
+    axes.set_title(title, loc="left", pad=32 if handles else 12)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if handles:
+        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.012, 0.995), ncol=len(handles),
+                    borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)
+
+
+def say_missing(axes: Axes, text: str) -> None:
+    """Writes what a panel has no data for into its middle."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=14)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def mark_resumes(axes: Axes, series: Series) -> list:
+    """Draws a thin line where a run went on from a checkpoint; returns the legend entry, if any."""
+    lines = [axes.axvline(seconds, color=GREY, linestyle=":", linewidth=1.2) for seconds in series.resumes]
+    if lines:
+        lines[0].set_label("resumed")
+    return lines[:1]
+
+
+def draw_loss(axes: Axes, series: Series) -> None:
+    """Training loss, raw and smoothed, and the validation points."""
+    handles = []
+    raw, bold, points = series.train_loss, series.smooth_loss, series.val_loss
+    if raw.y:
+        handles += axes.plot(raw.x, raw.y, color=SKY, alpha=0.45, linewidth=1, label="training, each step")
+        handles += axes.plot(bold.x, bold.y, color=BLUE, linewidth=2.2, label="training, smoothed")
+    if points.y:
+        handles += axes.plot(points.x, points.y, color=RED, marker="o", markersize=6, linewidth=1.2, zorder=4,
+                             label="validation")
+    if not handles:
+        say_missing(axes, "no training steps in events.jsonl")
+    handles += mark_resumes(axes, series)
+    finish(axes, "Loss", TRAINING_TIME, "loss (nats per token)", handles)
+
+
+def draw_bits(axes: Axes, series: Series) -> None:
+    """Validation bits per byte, the final scores and ordinary compressors, each line named at its right end."""
+    points = series.val_bpb
+    lines = [(value, name, SCORE_COLOURS[i % len(SCORE_COLOURS)], "-")
+             for i, (name, value) in enumerate(series.scores.items())]
+    lines += [(value, name, GREY, "--") for name, value in series.yardsticks.items()]
+    lines = [line for line in lines if isinstance(line[0], (int, float)) and math.isfinite(line[0])]
+    title = "Bits per byte on the validation split"
+    if not lines and not points.y:
+        say_missing(axes, "no validation yet")
+        finish(axes, title, TRAINING_TIME, "bits per byte")
+        return
+    values = [value for value, *_ in lines]
+    # An untrained model scores several times the rest; it must not squeeze the lines that matter together.
+    ceiling = max(values) + 0.75 * max(max(values) - min([*values, *points.y]), 0.4) if values else math.inf
+    low, high = min([*values, *points.y]), max([*values, *(y for y in points.y if y <= ceiling)])
+    pad = 0.06 * max(high - low, 0.1)
+    low, high = low - pad, high + 1.6 * pad
+    axes.set_ylim(low, high)
+    handles = []
+    if points.y:
+        handles += axes.plot(points.x, points.y, color=RED, marker="o", markersize=6, linewidth=1.2, zorder=4,
+                             label="validation during training")
+        above = [(x, y) for x, y in zip(points.x, points.y, strict=True) if y > high]
+        if above:
+            handles += axes.plot([x for x, _ in above], [high - 0.35 * pad] * len(above), color=RED, marker="^",
+                                 linestyle="", markersize=9, clip_on=False, zorder=5,
+                                 label=f"above the axis (up to {max(y for _, y in above):.2f})")
+    end = max([*series.train_loss.x, *points.x, 1.0])
+    axes.set_xlim(-0.03 * end, 1.03 * end)
+    places = spread([value for value, *_ in lines], 0.052 * (high - low), low, high)
+    for (value, name, colour, dashes), place in zip(lines, places, strict=True):
+        axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.8 if dashes == "-" else 1.4)
+        # The label stands outside the axes; a short line leads to it where it had to be moved.
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 0,
+                  "relpos": (0, 0.5)}
+        axes.annotate(f"{name} {value:.4f}", xy=(1.0, value), xytext=(1.04, place), va="center", color=colour,
+                      xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"), fontsize=11.5,
+                      annotation_clip=False, arrowprops=leader)
+    handles += mark_resumes(axes, series)
+    finish(axes, title, TRAINING_TIME, "bits per byte", handles)
+
+
+def draw_schedule(axes: Axes, series: Series) -> None:
+    """Learning-rate factor, and the gradient norm on its own axis."""
+    handles = []
+    rate, norm = series.lr_factor, series.grad_norm
+    if norm.y:
+        other = axes.twinx()
+        other.spines["right"].set_visible(True)
+        other.grid(False)
+        handles += other.plot(norm.x, norm.y, color=ORANGE, alpha=0.8, linewidth=1, label="gradient norm (right)")
+        other.set_ylabel("gradient norm before clipping", color="#9C6A00")
+        other.tick_params(axis="y", colors="#9C6A00")
+        if min(norm.y) > 0 and max(norm.y) > 20 * min(norm.y):
+            other.set_yscale("log")
+        else:
+            other.set_ylim(0, 1.08 * max([*norm.y, 1e-9]))
+        axes.set_zorder(other.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    if rate.y:
+        handles = axes.plot(rate.x, rate.y, color=BLUE, linewidth=2.4, label="learning-rate factor") + handles
+        axes.set_ylim(0, 1.08 * max([*rate.y, 1e-9]))
+    if not handles:
+        say_missing(axes, "no schedule in events.jsonl")
+    handles += mark_resumes(axes, series)
+    finish(axes, "Learning rate and gradient", TRAINING_TIME, "learning-rate factor (1 = peak)", handles)
+
+
+def draw_bytes(axes: Axes, series: Series) -> None:
+    """The artifact's bytes by tensor group, code and container last."""
+    if not series.parts:
+        say_missing(axes, "no artifact yet")
+        finish(axes, "Artifact", "", "")
+        return
+    title = f"Artifact: {series.total_bytes:,} bytes"
+    if series.limit_bytes:
+        share = series.total_bytes / series.limit_bytes
+        title = f"Artifact: {series.total_bytes:,} of {series.limit_bytes:,} bytes ({share:.1%})"
+    roles = list(dict.fromkeys(role for _, role, _ in series.parts if role))
+    colours = {role: ROLE_COLOURS[i % len(ROLE_COLOURS)] for i, role in enumerate(roles)}
+    rows = range(len(series.parts))
+    unit, scale = ("MB", 1e6) if series.total_bytes >= 2e6 else ("kB", 1e3)
+    sizes = [size / scale for _, _, size in series.parts]
+    handles = []
+    for wanted in [*roles, ""]:
+        mine = [row for row in rows if series.parts[row][1] == wanted]
+        if mine:
+            handles.append(axes.barh(mine, [sizes[row] for row in mine], color=colours.get(wanted, GREY), height=0.72,
+                                     label=wanted or "the rest"))
+    for row, (_, _, size) in zip(rows, series.parts, strict=True):
+        share = size / max(series.total_bytes, 1)
+        axes.annotate(f"{size:,}  ({share:.1%})", xy=(size / scale, row), xytext=(5, 0), fontsize=10.5,
+                      textcoords="offset points", va="center")
+    axes.set_yticks(rows, [label for label, _, _ in series.parts], fontsize=11)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.34 * max([*sizes, 1e-9]))
+    axes.grid(False, axis="y")
+    finish(axes, title, f"size in the artifact ({unit}, decimal)", "", handles)
+
+
+# ---- command line
+
+
+def read_json(path: Path) -> dict:
+    """Returns the object in a JSON file, {} where there is none; raises PlotError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PlotError(f"{path}: damaged JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise PlotError(f"{path}: not a JSON object")
+    return value
+
+
+def plot_run(folder: Path, out: Path) -> None:
+    """Draws the run in `folder` into the PNG file `out`, whole or not at all; raises PlotError."""
+    path = folder / "events.jsonl"
+    try:
+        events, broken = read_events(path)
+    except OSError as error:
+        raise PlotError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        series = prepare(events, read_json(folder / "config.json"), read_json(folder / "result.json"),
+                         folder.resolve().name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlotError(f"{folder}: an event or a result lacks what it must have ({error!r})") from error
+    if broken:
+        series.notes.append(f"{broken} broken line{'s' * (broken > 1)} skipped")
+    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        draw(series).savefig(part, format="png")
+        part.replace(out)
+    except OSError as error:
+        raise PlotError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def main(argv: list[str]) -> int:
+    """Draws one run; returns the exit code: 0, or 2 after one line for a user's mistake."""
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    out = None
+    if len(argv) == 3 and argv[1] == "--out":
+        argv, out = argv[:1], Path(argv[2])
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: python tools/plot.py RUN_FOLDER [--out curve.png]", file=sys.stderr)
+        return 2
+    try:
+        plot_run(Path(argv[0]), out or Path(argv[0]) / "curve.png")
+    except PlotError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,3067 @@
+"""Sixteen: train a language model, squeeze it into 16,000,000 bytes, score it honestly in bits per byte.
+
+One file for the "16 MB challenge" (Parameter Golf). Everything that counts as code in the artifact is here; pictures,
+yardsticks and packing come from tools/, data preparation from data/. Settings are environment variables or NAME=value
+words:
+
+    ./run.sh                                                    the main job, with all its set-up
+    python train_gpt.py PRESET=baseline OVERLAY= --plan         what would be trained: no data, no GPU, no training
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs
+
+Sections, in order; each uses only what stands above it:
+
+    01 IMPORTS      standard library, numpy, torch; nothing optional
+    02 SETTINGS     every setting once: default, unit, bounds, one line of help
+    03 PRESETS      the systems as rows, the overlays, and how a configuration is resolved
+    04 RUNTIME      ranks, clocks, random streams, the log, atomic files
+    05 DATA         shards, the manifest, token streams, batches, bytes per token
+    06 KERNELS      one record an operation: plain reference, fast twin, when the twin is usable
+    07 FORMATS      float tensor <-> integer codes and scales
+    08 LAYERS       linear with sites, rotary, attention, feed-forward
+    09 MODEL        the layer plan, the block, the one forward, parameter roles
+    10 OPTIMIZERS   Muon and AdamW as pure updates, the role table, schedules, weight averaging
+    11 TRAINING     compile, warm up, step, log, checkpoint, stop
+    12 ARTIFACT     routes, codecs, the container, the size forecast
+    13 EVALUATORS   the ledger, contiguous and sliding scores, bits per byte
+    14 MAIN         stages, the run folder, the command line, exit codes
+
+Letters in shapes: B batch, T time, D width, H query heads, K key/value heads, C head channels, F feed-forward width,
+V vocabulary, N visits, R rank. Units: tokens, bytes, seconds, nats (natural log), bits per byte (BPB).
+"""
+
+# ==== 01 IMPORTS ============================================================================================
+# Only what every run needs. Optional libraries (sentencepiece, compressors, TensorBoard) are imported inside
+# the function that uses them, so that importing this file does nothing and needs nothing else.
+
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ==== 02 SETTINGS ===========================================================================================
+# A setting is declared once, here: default, bounds or choices, unit, one line of help. Parsing, validation,
+# --help, the printed difference and the README's table are generated from the declaration. This section never
+# reads the environment. To add a setting: add a field to a group, read it where it acts, and a rule to RULES
+# if it can contradict another one; a test fails for a setting that nothing reads.
+
+LIMIT_BYTES = 16_000_000
+
+
+class ConfigError(Exception):
+    """A user's mistake: the message is one or more lines, each with name, value and rule. Exit code 2."""
+
+
+class CheckError(Exception):
+    """A check that failed while the input was fine (size, budget, legality, divergence). Exit code 3."""
+
+
+def setting(default: Any, text: str, *, unit: str = "", low: float | None = None, high: float | None = None,
+            choices: tuple[str, ...] = (), scope: str = "recipe") -> Any:
+    """A dataclass field that declares one setting.
+
+    `scope` says where the value belongs: `recipe` is baked into the packed file and inherited through FROM, `place`
+    (paths) and `seed` are inherited but not baked, `run` concerns one launch only.
+    """
+    meta = {"text": text, "unit": unit, "low": low, "high": high, "choices": choices, "scope": scope}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def group(cls: type) -> type:
+    """The class as a frozen, keyword-only dataclass: one group of settings."""
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@group
+class RunSettings:
+    """what is run, and where its results go"""
+    preset: str = setting("sixteen", "which system: a row of --presets")
+    overlay: str = setting("auto", "circumstances: auto (tiny without a GPU), tiny, one_gpu, or empty for none")
+    run_id: str = setting("", "name of the run folder; empty makes one from preset and time; an old name resumes",
+                          scope="run")
+    runs_path: str = setting("./runs", "folder of the run folders", scope="run")
+    stages: tuple[str, ...] = setting(("train", "write", "reload", "evaluate", "report"), "which stages, in order",
+                                      choices=("train", "write", "reload", "evaluate", "report"), scope="run")
+    from_: str = setting("", "finished run folder whose settings, checkpoint and artifact are used", scope="run")
+    seed: int = setting(1337, "random streams are made from this and a purpose", low=0, scope="seed")
+    pack: bool = setting(True, "pack the script and run the packed file; 0 runs the readable file and records it",
+                         scope="run")
+    tools_path: str = setting("./tools", "folder with the packer, the pictures and the yardsticks", scope="run")
+    tensorboard: bool = setting(True, "write live curves for TensorBoard into the run folder", scope="run")
+
+
+@group
+class DataSettings:
+    """tokens"""
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the shards", scope="place")
+    tokenizer_path: str = setting("", "SentencePiece model; empty takes the one the manifest names", scope="place")
+    vocab_size: int = setting(1024, "must equal the tokenizer's", unit="tokens", low=16, high=65536)
+    doc_isolation: bool = setting(True, "no token attends to another document; 0 is the challenge's published habit")
+    shuffle: bool = setting(True, "rows in a random order every epoch; 0 reads the shards in order")
+
+
+@group
+class ModelSettings:
+    """the network"""
+    stack: str = setting("A9", "the blocks and the order of their visits, for example A3 (A3)*3@0.35 A5")
+    model_dim: int = setting(512, "width of the residual stream", unit="channels", low=8)
+    num_heads: int = setting(8, "query heads", low=1)
+    num_kv_heads: int = setting(4, "key/value heads; must divide NUM_HEADS", low=1)
+    mlp_mult: float = setting(2.0, "feed-forward width over MODEL_DIM", low=0.0, high=64.0)
+    mlp_slope: float = setting(0.0, "negative slope of the squared leaky ReLU; 0 is squared ReLU", low=0.0, high=1.0)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
+    rope_dims: int = setting(0, "channels of a head that rotate; 0 is all", unit="channels", low=0)
+    qk_gain_init: float = setting(1.5, "starting gain of the queries, per head", low=0.0)
+    norm_eps: float = setting(1e-6, "added to the mean square in every RMS norm", low=0.0, high=1.0)
+    unet_skips: bool = setting(True, "skip connections between visits that mirror each other around the middle")
+    skip_gates_enabled: bool = setting(False, "skips are mixed in through a learned gate instead of added")
+    logit_softcap: float = setting(30.0, "logits are bent into +-this by tanh; 0 leaves them", low=0.0)
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the embedding at the start", low=0.0)
+    matrix_init: str = setting("uniform", "start of matrices that do not end a branch (those start at zero)",
+                               choices=("uniform", "orthogonal"))
+
+
+@group
+class OptimSettings:
+    """optimizers and schedules"""
+    matrix_lr: float = setting(0.04, "Muon's rate", low=0.0)
+    tied_embed_lr: float = setting(0.05, "AdamW's rate for the embedding", low=0.0)
+    scalar_lr: float = setting(0.04, "AdamW's rate for gains and gates", low=0.0)
+    muon_momentum: float = setting(0.95, "momentum of Muon", low=0.0, high=0.9999)
+    muon_momentum_warmup_start: float = setting(0.85, "momentum at the first step", low=0.0, high=0.9999)
+    muon_momentum_warmup_steps: int = setting(500, "steps until the full momentum", unit="steps", low=0)
+    muon_backend: str = setting("newton_schulz", "iteration that orthogonalises the update",
+                                choices=("newton_schulz", "polar_express"))
+    muon_backend_steps: int = setting(5, "iterations of it", low=1, high=20)
+    muon_row_normalize: bool = setting(False, "rows of the update are normalised before the iteration")
+    muon_wd: float = setting(0.0, "decoupled weight decay of matrices", low=0.0)
+    embed_wd: float = setting(0.0, "decoupled weight decay of the embedding", low=0.0)
+    beta1: float = setting(0.9, "AdamW's first decay", low=0.0, high=0.99999)
+    beta2: float = setting(0.95, "AdamW's second decay", low=0.0, high=0.999999)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon", low=0.0)
+    grad_clip_norm: float = setting(0.0, "global gradient norm after the reduction over ranks; 0 is off", low=0.0)
+    warmdown_frac: float = setting(0.0, "last share of training in which the rate falls to MIN_LR", low=0.0, high=1.0)
+    warmdown_iters: int = setting(1200, "the same as a number of steps; 0 leaves it to WARMDOWN_FRAC", unit="steps",
+                                  low=0)
+    min_lr: float = setting(0.0, "floor of the rate, as a share of the full rate", low=0.0, high=1.0)
+    ema_decay: float = setting(0.0, "decay of the weight average that is exported; 0 exports the last weights", low=0.0,
+                               high=0.99999)
+
+
+@group
+class TrainSettings:
+    """the loop"""
+    iterations: int = setting(20000, "steps at most", unit="steps", low=1)
+    max_wallclock_seconds: float = setting(600.0, "budget of the training loop; 0 is none", unit="seconds", low=0.0)
+    reserve_seconds: float = setting(0.5, "left unused at the end of the budget", unit="seconds", low=0.0)
+    train_batch_tokens: int = setting(524288, "tokens of one step over all ranks", unit="tokens", low=1)
+    micro_batch_tokens: int = setting(65536, "tokens of one forward; the same whatever the number of ranks",
+                                      unit="tokens", low=1)
+    train_seq_len: int = setting(1024, "tokens of one row", unit="tokens", low=2)
+    warmup_steps: int = setting(2, "untimed passes on random tokens for each plan before the clock starts", low=1)
+    train_log_every: int = setting(200, "steps between printed lines", unit="steps", low=1)
+    val_loss_every: int = setting(1000, "steps between validations on the float weights; 0 is never", unit="steps",
+                                  low=0)
+    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0 writes the last one only",
+                                        unit="seconds", low=0.0)
+    sync_check_every: int = setting(500, "steps between checks that all ranks hold the same weights", unit="steps",
+                                    low=1)
+
+
+@group
+class ArtifactSettings:
+    """the squeeze"""
+    matrix_bits: int = setting(8, "bits of a matrix weight on the grid", unit="bits", low=2, high=8)
+    embed_bits: int = setting(8, "bits of an embedding weight on the grid", unit="bits", low=2, high=8)
+    matrix_clip_sigmas: float = setting(0.0, "grid ends at this many row deviations; 0 uses CLIP_QUANTILE", low=0.0)
+    embed_clip_sigmas: float = setting(0.0, "the same for the embedding", low=0.0)
+    clip_quantile: float = setting(0.9999984, "grid ends at this quantile of the row's magnitudes", low=0.5, high=1.0)
+    codec: str = setting("auto", "lossless coder; auto keeps the smallest of all, tensor by tensor",
+                         choices=("auto", "zlib", "lzma", "zstd", "brotli", "range"))
+    target_bytes: int = setting(LIMIT_BYTES, "code plus model may not be larger", unit="bytes", low=1, high=LIMIT_BYTES)
+
+
+@group
+class EvalSettings:
+    """the score"""
+    eval: tuple[str, ...] = setting(("contiguous", "sliding"), "evaluators of the artifact",
+                                    choices=("contiguous", "sliding"))
+    eval_seq_len: int = setting(1024, "window of the evaluators", unit="tokens", low=2)
+    eval_stride: int = setting(64, "new targets per window of the sliding evaluator", unit="tokens", low=1)
+    eval_batch_tokens: int = setting(65536, "tokens of one forward in evaluation", unit="tokens", low=1)
+    eval_budget_seconds: float = setting(600.0, "budget of the evaluators together; 0 is none", unit="seconds", low=0.0)
+
+
+@group
+class SystemSettings:
+    """the machine"""
+    compile: str = setting("auto", "torch.compile: auto, 0 or 1", choices=("auto", "0", "1"))
+    compute_dtype: str = setting("auto", "dtype of activations and products: auto is bfloat16 where the unit has it",
+                                 choices=("auto", "float32", "bfloat16"))
+    kernels: str = setting("auto", "auto uses the fast twins, reference the plain formulas",
+                           choices=("auto", "reference"))
+    threads: int = setting(0, "CPU threads of one process; 0 is all cores over the processes", low=0, scope="run")
+
+
+GROUPS: dict[str, type] = {"run": RunSettings, "data": DataSettings, "model": ModelSettings, "optim": OptimSettings,
+                           "train": TrainSettings, "artifact": ArtifactSettings, "eval": EvalSettings,
+                           "system": SystemSettings}
+
+
+def setting_name(field: dataclasses.Field) -> str:
+    """The environment variable of a field; a trailing underscore only avoids a Python keyword."""
+    return field.name.rstrip("_").upper()
+
+
+SETTINGS: dict[str, tuple[str, dataclasses.Field]] = {
+    setting_name(field): (name, field) for name, cls in GROUPS.items() for field in dataclasses.fields(cls)}
+
+# Names of the challenge's or the seeds' scripts that are called or done otherwise here.
+RENAMED: dict[str, str] = {
+    "NUM_LAYERS": "write STACK=A9 for nine layers",
+    "NUM_LOOPS": "write the loop into STACK, for example A3 (A3)*3@0.35 A5",
+    "LOOP_START": "write the loop into STACK", "LOOP_END": "write the loop into STACK",
+    "ENABLE_LOOPING_AT": "write the start into STACK: (A3)*3@0.35",
+    "TIE_EMBEDDINGS": "the embedding is always tied", "EMBED_LR": "the embedding is tied: TIED_EMBED_LR",
+    "HEAD_LR": "the embedding is tied: TIED_EMBED_LR", "ADAM_WD": "gains and gates are never decayed",
+    "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS", "VAL_BATCH_TOKENS": "EVAL_BATCH_TOKENS",
+    "GPTQ_RESERVE_SECONDS": "RESERVE_SECONDS", "COMPRESSOR": "CODEC", "DATA_DIR": "DATA_PATH",
+    "COMPILE_ENABLED": "COMPILE", "MUON_STEPS": "MUON_BACKEND_STEPS", "WEIGHT_DECAY": "MUON_WD and EMBED_WD",
+    "CONTROL_TENSOR_NAME_PATTERNS": "roles decide, not names", "EVAL_INCLUDE_TAIL": "the tail is always scored",
+    "VAL_DOC_FRACTION": "the whole validation split is always scored"}
+
+
+class Config(NamedTuple):
+    """A resolved configuration: the groups, and for each setting that differs from its default who set it."""
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings
+    optim: OptimSettings
+    train: TrainSettings
+    artifact: ArtifactSettings
+    eval: EvalSettings
+    system: SystemSettings
+    origins: dict[str, str]
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by upper-case name, in the order of their declaration."""
+        return {name: getattr(getattr(self, owner), field.name) for name, (owner, field) in SETTINGS.items()}
+
+    def baked(self) -> dict[str, Any]:
+        """What the packed file carries: the recipe, as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.flat().items()
+                if SETTINGS[name][1].metadata["scope"] == "recipe"}
+
+    def digest(self) -> str:
+        """sha256 over recipe and seed: two runs with the same digest on the same data are the same experiment."""
+        kept = {"SEED": self.run.seed, **self.baked()}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """The typed value of a setting, from text or from JSON; raises ConfigError naming setting, value and rule."""
+    field = SETTINGS[name][1]
+    meta, kind = field.metadata, field.type
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+
+    def fail(rule: str) -> ConfigError:
+        return ConfigError(f"{name}={text}: {rule}")
+
+    if kind is bool:
+        if text not in ("0", "1", "False", "True"):
+            raise fail("must be 0 or 1")
+        return text in ("1", "True")
+    if kind in (int, float):
+        try:
+            number = kind(text.replace("_", "")) if kind is int else float(text)
+        except ValueError:
+            raise fail("must be a whole number" if kind is int else "must be a number") from None
+        low, high = meta["low"], meta["high"]
+        if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
+            bounds = " and ".join(f"{word} {bound:,}" for word, bound in (("at least", low), ("at most", high))
+                                  if bound is not None) or "finite"
+            raise fail(f"must be {bounds}{' ' + meta['unit'] if meta['unit'] else ''}")
+        return number
+    parts = tuple(part.strip() for part in text.split(",") if part.strip()) if kind is not str else (text,)
+    for part in parts:
+        if meta["choices"] and part not in meta["choices"]:
+            raise fail(f"must be {'one' if kind is str else 'some'} of {', '.join(meta['choices'])}")
+    if kind is not str and len(set(parts)) != len(parts):
+        raise fail("names something twice")
+    return text if kind is str else parts
+
+
+# Rules between settings: what must hold, and the line to print when it does not.
+RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (lambda c: c.model.model_dim % c.model.num_heads == 0,
+     "NUM_HEADS={model.num_heads}: must divide MODEL_DIM={model.model_dim}"),
+    (lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
+     "NUM_KV_HEADS={model.num_kv_heads}: must divide NUM_HEADS={model.num_heads}"),
+    (lambda c: c.model.model_dim % c.model.num_heads or (c.model.model_dim // c.model.num_heads) % 2 == 0,
+     "NUM_HEADS={model.num_heads}: MODEL_DIM={model.model_dim} over it must be even, rotary embedding turns pairs"),
+    (lambda c: c.model.rope_dims % 2 == 0 and c.model.rope_dims <= c.model.model_dim // c.model.num_heads,
+     "ROPE_DIMS={model.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS"),
+    (lambda c: c.train.micro_batch_tokens % c.train.train_seq_len == 0,
+     "MICRO_BATCH_TOKENS={train.micro_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={train.train_seq_len}"),
+    (lambda c: c.train.train_batch_tokens % c.train.micro_batch_tokens == 0,
+     "TRAIN_BATCH_TOKENS={train.train_batch_tokens}: must be a multiple of "
+     "MICRO_BATCH_TOKENS={train.micro_batch_tokens}"),
+    (lambda c: c.eval.eval_stride <= c.eval.eval_seq_len,
+     "EVAL_STRIDE={eval.eval_stride}: must be at most EVAL_SEQ_LEN={eval.eval_seq_len}"),
+    (lambda c: c.eval.eval_batch_tokens >= c.eval.eval_seq_len,
+     "EVAL_BATCH_TOKENS={eval.eval_batch_tokens}: must be at least EVAL_SEQ_LEN={eval.eval_seq_len}"),
+    (lambda c: not (c.optim.warmdown_frac and c.optim.warmdown_iters),
+     "WARMDOWN_FRAC={optim.warmdown_frac}: WARMDOWN_ITERS={optim.warmdown_iters} says the same; set one to 0"),
+    (lambda c: not c.train.max_wallclock_seconds or c.train.reserve_seconds < c.train.max_wallclock_seconds,
+     "RESERVE_SECONDS={train.reserve_seconds}: must be less than "
+     "MAX_WALLCLOCK_SECONDS={train.max_wallclock_seconds}"),
+    (lambda c: bool(re.fullmatch(r"[A-Za-z0-9._-]*", c.run.run_id)) and c.run.run_id not in (".", ".."),
+     "RUN_ID={run.run_id}: letters, digits, dots, dashes and underscores only"),
+    (lambda c: "train" in c.run.stages or bool(c.run.from_) or bool(c.run.run_id),
+     "STAGES={run.stages}: without train, FROM=<run folder> or RUN_ID=<old run> must name the run to use"),
+)
+
+
+def help_text() -> str:
+    """--help: commands, then every setting by group, from the declarations."""
+    lines = ["train_gpt.py [NAME=value ...] [--help | --presets | --plan]", "",
+             "Settings are environment variables or words; words win. Exit codes: 0 done, 2 a mistake in the input,",
+             "3 a failed check (size, budget, divergence), 1 a fault of the program.", ""]
+    for owner, cls in GROUPS.items():
+        lines.append(f"{owner.upper()}: {cls.__doc__}")
+        for field in dataclasses.fields(cls):
+            meta = field.metadata
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            default = int(default) if isinstance(default, bool) else default
+            unit = f" {meta['unit']}" if meta["unit"] else ""
+            lines.append(f"  {setting_name(field):<28} {meta['text']} [{default}{unit}]")
+            if meta["choices"]:
+                lines.append(f"  {'':<28} choices: {', '.join(meta['choices'])}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+class Visits(NamedTuple):
+    """A run of blocks and when it is visited how often: ((fraction of training, passes), ...), first at 0."""
+    blocks: tuple[int, ...]
+    passes: tuple[tuple[float, int], ...]
+
+
+class Block(NamedTuple):
+    """One physical block: its mixer's letter and its own overrides of the model's settings."""
+    letter: str
+    overrides: dict[str, float]
+
+
+OVERRIDES = {"mlp": "feed-forward width over MODEL_DIM, 0 for none", "heads": "query heads", "kv": "key/value heads"}
+MIXER_LETTERS = ("A",)
+MAX_BLOCKS, MAX_VISITS = 512, 4096
+_STACK_TOKEN = re.compile(r"\s*(?:(?P<letter>[A-Za-z])(?:\{(?P<over>[^}]*)\})?(?P<count>\d*)"
+                          r"|(?P<open>[\[(])|(?P<close>[\])])(?P<tail>[0-9.*@]*))")
+
+
+def _stack_fault(stack: str, at: int, rule: str) -> ConfigError:
+    return ConfigError(f"STACK={stack}: at column {at + 1}: {rule}")
+
+
+def _parse_passes(stack: str, tail: str, at: int) -> tuple[tuple[float, int], ...]:
+    """`*3@0.35` or `*2@0.5*3@0.65` as ((0, 1), (0.35, 3)); `*31` as ((0, 31),)."""
+    parts = re.findall(r"\*(\d+)(?:@([0-9.]+))?", tail)
+    if not parts or "".join(f"*{n}" + (f"@{f}" if f else "") for n, f in parts) != tail:
+        raise _stack_fault(stack, at, "a ( ) group needs *passes, or *passes@fraction, after it")
+    knots = [(float(frac) if frac else 0.0, int(passes)) for passes, frac in parts]
+    if knots[0][0] > 0:
+        knots.insert(0, (0.0, 1))
+    rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(knots, knots[1:], strict=False))
+    if not rising or knots[-1][0] >= 1 or knots[0][1] < 1:
+        raise _stack_fault(stack, at, "passes and their fractions must rise, fractions below 1, passes at least 1")
+    return tuple(knots)
+
+
+def _parse_block(stack: str, letter: str, over: str | None, at: int) -> Block:
+    """One block from its letter and the text between its braces."""
+    if letter not in MIXER_LETTERS:
+        raise _stack_fault(stack, at, f"{letter} is not a mixer; known: {', '.join(MIXER_LETTERS)}")
+    overrides = {}
+    for part in filter(None, (over or "").split(",")):
+        key, _, value = part.partition("=")
+        if key.strip() not in OVERRIDES or not re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+            raise _stack_fault(stack, at, f"{{{part}}}: write {{key=number}} with a key of {', '.join(OVERRIDES)}")
+        overrides[key.strip()] = float(value)
+    return Block(letter, overrides)
+
+
+@functools.cache
+def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
+    """The blocks of a STACK and the order of their visits; raises ConfigError with the column of the fault.
+
+    A9 is nine blocks; [A2]3 makes distinct copies of a group; (A3)*3 visits a group three times with the same weights;
+    (A3)*3@0.35 once until 35 % of training and three times from there on.
+    """
+    blocks: list[Block] = []
+    root: list[Any] = []
+    open_groups: list[tuple[str, list[Any], int]] = []
+    at, items = 0, root
+    while stack[at:].strip():
+        match = _STACK_TOKEN.match(stack, at)
+        if not match:
+            raise _stack_fault(stack, at, "expected a block letter, [ ... ]copies or ( ... )*passes")
+        if match["letter"]:
+            items += [_parse_block(stack, match["letter"], match["over"], at)] * int(match["count"] or 1)
+        elif match["open"]:
+            open_groups.append((match["open"], items, at))
+            items = []
+        else:
+            if not open_groups or (open_groups[-1][0] == "[") != (match["close"] == "]"):
+                raise _stack_fault(stack, at, f"{match['close']} closes nothing")
+            kind, outer, start = open_groups.pop()
+            if not items:
+                raise _stack_fault(stack, start, "an empty group")
+            if kind == "[":
+                if not re.fullmatch(r"[1-9]\d{0,3}", match["tail"]):
+                    raise _stack_fault(stack, at, "a [ ] group needs its number of copies after it")
+                outer += items * int(match["tail"])
+            else:
+                if any(isinstance(item, tuple) and not isinstance(item, Block) for item in items):
+                    raise _stack_fault(stack, start, "a ( ) group inside another is not known")
+                outer.append((tuple(items), _parse_passes(stack, match["tail"], at)))
+            items = outer
+        at = match.end()
+        if len(items) > MAX_BLOCKS:
+            raise _stack_fault(stack, at, f"more than {MAX_BLOCKS} blocks")
+    if open_groups:
+        raise _stack_fault(stack, open_groups[-1][2], "a group that is never closed")
+    visits = []
+    for item in root:
+        members, passes = ((item,), ((0.0, 1),)) if isinstance(item, Block) else item
+        visits.append(Visits(tuple(range(len(blocks), len(blocks) + len(members))), passes))
+        blocks += members
+    if not blocks or len(blocks) > MAX_BLOCKS or sum(len(v.blocks) * v.passes[-1][1] for v in visits) > MAX_VISITS:
+        raise ConfigError(f"STACK={stack}: must have 1 to {MAX_BLOCKS} blocks and at most {MAX_VISITS} visits")
+    return tuple(blocks), tuple(visits)
+
+
+# ==== 03 PRESETS ============================================================================================
+# A system is a row: its differences from the defaults, and what to change in it under an overlay. A
+# circumstance (a CPU, one GPU) is an overlay. Nothing outside this section knows a preset's name. To add a
+# system: add a row; the tests enumerate the table.
+
+
+class Preset(NamedTuple):
+    """One system: what it is, where it comes from, its settings, and its own settings under an overlay."""
+    doc: str
+    source: str
+    values: dict[str, Any]
+    under: dict[str, dict[str, Any]]
+
+
+PRESETS: dict[str, Preset] = {
+    "baseline": Preset(
+        "the challenge's naive baseline; documents are isolated, DOC_ISOLATION=0 is the published habit",
+        "openai/parameter-golf, root script: 1.2244 BPB",
+        {"NORM_EPS": 0.0078125, "SHUFFLE": False, "CODEC": "zlib", "EVAL": "contiguous"},
+        {"tiny": {"STACK": "A4", "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 50,
+                  "WARMDOWN_ITERS": 100}}),
+    "sixteen": Preset(
+        "our own best stack of what exists: looped middle, gated skips, Polar Express Muon, six-bit grid",
+        "after the record stacks of the challenge, 1.08 BPB line",
+        {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192,
+         "STACK": "A3 (A3)*3@0.35 A5", "MLP_MULT": 4.0, "MLP_SLOPE": 0.5, "ROPE_DIMS": 16, "QK_GAIN_INIT": 5.0,
+         "SKIP_GATES_ENABLED": True, "MATRIX_INIT": "orthogonal",
+         "MATRIX_LR": 0.026, "TIED_EMBED_LR": 0.03, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.97,
+         "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_BACKEND": "polar_express",
+         "MUON_ROW_NORMALIZE": True, "MUON_WD": 0.095, "EMBED_WD": 0.085, "BETA2": 0.99, "GRAD_CLIP_NORM": 0.3,
+         "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965,
+         "TRAIN_BATCH_TOKENS": 786432, "MICRO_BATCH_TOKENS": 98304, "TRAIN_SEQ_LEN": 2048, "VAL_LOSS_EVERY": 4000,
+         "MATRIX_BITS": 6, "EMBED_BITS": 7, "MATRIX_CLIP_SIGMAS": 12.85, "EMBED_CLIP_SIGMAS": 15.0,
+         "EVAL_SEQ_LEN": 2048, "EVAL_BATCH_TOKENS": 131072},
+        {"tiny": {"STACK": "A4", "MUON_MOMENTUM_WARMUP_STEPS": 100, "MUON_MOMENTUM_WARMUP_START": 0.85,
+                  "MUON_MOMENTUM": 0.95, "MUON_WD": 0.0, "EMBED_WD": 0.0, "EMA_DECAY": 0.0, "GRAD_CLIP_NORM": 1.0,
+                  "MATRIX_BITS": 8, "EMBED_BITS": 8, "MATRIX_CLIP_SIGMAS": 0.0, "EMBED_CLIP_SIGMAS": 0.0,
+                  "MIN_LR": 0.02, "BETA2": 0.95}}),
+}
+
+OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("a CPU in minutes, on the embedded WikiText-2", {
+        "DATA_PATH": "./data/datasets/wikitext2_sp2048", "VOCAB_SIZE": 2048,
+        "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
+        "TRAIN_BATCH_TOKENS": 8192, "MICRO_BATCH_TOKENS": 4096, "TRAIN_SEQ_LEN": 256, "MAX_WALLCLOCK_SECONDS": 180.0,
+        "TRAIN_LOG_EVERY": 20, "VAL_LOSS_EVERY": 150, "CHECKPOINT_SECONDS": 20.0, "SYNC_CHECK_EVERY": 50,
+        "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 256, "EVAL_BATCH_TOKENS": 8192}),
+    "one_gpu": ("the work of eight GPUs on one: eight times the seconds", {
+        "MAX_WALLCLOCK_SECONDS": 4800.0, "EVAL_BUDGET_SECONDS": 4800.0}),
+}
+
+# The packer replaces this line by the resolved recipe, so that a packed file repeats its run without an environment.
+BAKED: dict[str, object] = {}
+
+
+def _layer(values: Mapping[str, Any], origin: str, faults: list[str]) -> dict[str, tuple[Any, str]]:
+    """Typed values of one source, with its name; faults are collected, not raised."""
+    typed = {}
+    for name, value in values.items():
+        try:
+            typed[name] = (parse_value(name, value), origin)
+        except ConfigError as fault:
+            faults.append(str(fault))
+    return typed
+
+
+def _saved_settings(folder: str) -> dict[str, Any]:
+    """The settings of the run folder FROM names, without those that concern one launch only."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text())["settings"]
+        return {name: value for name, value in saved.items()
+                if name in SETTINGS and SETTINGS[name][1].metadata["scope"] != "run"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"FROM={folder}: must be a run folder with a readable config.json ({error})") from None
+
+
+def _user_settings(words: Iterable[str], env: Mapping[str, str], faults: list[str]) -> dict[str, tuple[str, str]]:
+    """NAME -> (text, origin) from words and environment. Unknown words, and near misses from the environment, fail."""
+    given: dict[str, tuple[str, str]] = {}
+    for name, text in env.items():
+        if name in SETTINGS:
+            given[name] = (text, "environment")
+        elif name in RENAMED:
+            faults.append(f"{name}={text}: not a setting here: {RENAMED[name]}")
+        elif near := difflib.get_close_matches(name, SETTINGS, 1, 0.85):
+            faults.append(f"{name}={text}: not a setting; did you mean {near[0]}?")
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            faults.append(f"{word}: not a NAME=value word; --help lists the settings")
+        elif name in SETTINGS:
+            given[name] = (text, "argument")
+        elif name in RENAMED:
+            faults.append(f"{name}={text}: not a setting here: {RENAMED[name]}")
+        else:
+            near = difflib.get_close_matches(name, SETTINGS, 1, 0.5)
+            faults.append(f"{name}={text}: not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return given
+
+
+def _system_layers(user: dict[str, tuple[Any, str]], gpus: int, faults: list[str]) -> dict[str, tuple[Any, str]]:
+    """The settings that come from preset, overlay, packed recipe and FROM, later ones winning."""
+    base = {name: field.default for name, (_, field) in SETTINGS.items()}
+    pick = {name: user.get(name, (base[name], ""))[0] for name in ("PRESET", "OVERLAY", "FROM")}
+    saved = _saved_settings(pick["FROM"]) if pick["FROM"] else {}
+    fixed = {**BAKED, **saved}
+    for name in ("PRESET", "OVERLAY"):
+        if name in fixed:
+            if name in user and pick[name] not in (fixed[name], "auto"):
+                whose = "FROM" if name in saved else "the packed file"
+                faults.append(f"{name}={pick[name]}: {whose} was made with {name}={fixed[name]}")
+            pick[name] = fixed[name]
+    if pick["PRESET"] not in PRESETS:
+        faults.append(f"PRESET={pick['PRESET']}: must be one of {', '.join(PRESETS)}")
+        return {}
+    if pick["OVERLAY"] == "auto":
+        pick["OVERLAY"] = "" if gpus else "tiny"
+    if pick["OVERLAY"] not in ("", *OVERLAYS):
+        faults.append(f"OVERLAY={pick['OVERLAY']}: must be auto, empty, or one of {', '.join(OVERLAYS)}")
+        return {}
+    preset, overlay = PRESETS[pick["PRESET"]], pick["OVERLAY"]
+    layers = _layer(preset.values, f"preset {pick['PRESET']}", faults)
+    if overlay:
+        layers |= _layer(OVERLAYS[overlay][1], f"overlay {overlay}", faults)
+        layers |= _layer(preset.under.get(overlay, {}), f"preset {pick['PRESET']} under {overlay}", faults)
+    layers |= _layer(BAKED, "packed file", faults) | _layer(saved, f"run {pick['FROM']}", faults)
+    chosen = {name: (pick[name], user[name][1] if name in user else "chosen") for name in ("PRESET", "OVERLAY")}
+    return layers | chosen
+
+
+def load_config(words: Iterable[str], env: Mapping[str, str], gpus: int | None = None) -> Config:
+    """The resolved configuration. Later wins: default, preset, overlay, packed file, FROM, environment, words.
+
+    Raises one ConfigError that lists every fault. `gpus` is for tests; by default the machine is asked.
+    """
+    faults: list[str] = []
+    texts = _user_settings(words, env, faults)
+    user: dict[str, tuple[Any, str]] = {}
+    for name, (text, origin) in texts.items():
+        user |= _layer({name: text}, origin, faults)
+    layers = _system_layers(user, torch.cuda.device_count() if gpus is None else gpus, faults)
+    layers |= {name: value for name, value in user.items() if name not in ("PRESET", "OVERLAY")}
+    if faults:
+        raise ConfigError("\n".join(faults))
+    groups = {owner: cls(**{field.name: layers[setting_name(field)][0] for field in dataclasses.fields(cls)
+                            if setting_name(field) in layers}) for owner, cls in GROUPS.items()}
+    config = Config(**groups, origins={name: origin for name, (value, origin) in layers.items()
+                                       if value != SETTINGS[name][1].default})
+    parse_stack(config.model.stack)
+    faults += [text.format(**config._asdict()) for holds, text in RULES if not holds(config)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def show_value(value: Any) -> str:
+    """A setting's value as a user would write it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def differences_text(config: Config) -> str:
+    """The settings that differ from their defaults: name, value, default, who set it."""
+    flat = config.flat()
+    return "\n".join(f"  {name:<28} {show_value(flat[name]):<36} default {show_value(SETTINGS[name][1].default):<28} "
+                     f"{config.origins[name]}" for name in SETTINGS if name in config.origins)
+
+
+def presets_text() -> str:
+    """--presets: every system and overlay, then the matrix setting x preset of what differs from the defaults."""
+    lines = [f"  {name:<10} {row.doc} ({row.source})" for name, row in PRESETS.items()]
+    lines += [f"  OVERLAY={name:<10} {doc}" for name, (doc, _) in OVERLAYS.items()]
+    names = [name for name in SETTINGS if any(name in row.values for row in PRESETS.values())]
+    lines += ["", f"  {'setting':<28} {'default':<24}" + "".join(f"{name:<24}" for name in PRESETS)]
+    for name in names:
+        cells = [show_value(parse_value(name, row.values[name])) if name in row.values else "."
+                 for row in PRESETS.values()]
+        default = show_value(SETTINGS[name][1].default)
+        lines.append(f"  {name:<28} {default[-23:]:<24}" + "".join(f"{cell[-23:]:<24}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+# ==== 04 RUNTIME ============================================================================================
+# The outside world, made small: ranks, seconds, random streams, the log, files that are whole or absent.
+# Nothing here knows about models. Time comes from the clock that is passed in; only rank 0 writes.
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes of a run. At one rank every method is the identity, so all code runs without a process group."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that writes files and prints."""
+        return self.rank == 0
+
+    def add_(self, tensor: Tensor) -> Tensor:
+        """The tensor, summed over ranks in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def same(self, value: Any) -> Any:
+        """Rank 0's value on all ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def make_world(env: Mapping[str, str]) -> World:
+    """The world torchrun describes in its variables; one CPU or GPU without them. NCCL on GPUs, Gloo on CPUs."""
+    rank, size, local = (int(env.get(name, default)) for name, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(f"NPROC={env.get('LOCAL_WORLD_SIZE', size)}: this machine has "
+                              f"{torch.cuda.device_count()} GPUs, one process each")
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
+                                timeout=timedelta(minutes=30))
+    return World(rank, size, device)
+
+
+def set_threads(threads: int, size: int) -> int:
+    """CPU threads of this process: the setting, or all usable cores over the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = threads or max(1, cores // size)
+    torch.set_num_threads(count)
+    return count
+
+
+def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """A 63-bit seed for one purpose: a new random draw in one place shifts nothing elsewhere."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, never half of it, whenever the process dies."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=False) + "\n").encode())
+
+
+class Log:
+    """train.log for people and events.jsonl for tools, opened once, on rank 0; other ranks have a silent one."""
+
+    def __init__(self, folder: Path | None, clock: Callable[[], float]) -> None:
+        self.clock, self.start = clock, clock()
+        self.bar: Any = None
+        self.text = self.events = None
+        if folder is not None:
+            self.text = open(folder / "train.log", "a", encoding="utf-8", buffering=1)
+            self.events = open(folder / "events.jsonl", "a", encoding="utf-8", buffering=1)
+
+    def line(self, text: str = "") -> None:
+        """One line or several to the terminal and to train.log."""
+        if self.text is None:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        self.text.write(text + "\n")
+
+    def event(self, name: str, /, **values: Any) -> None:
+        """One line of events.jsonl: the event's name, seconds since this process started, and the values."""
+        if self.events is not None:
+            self.events.write(json.dumps({"event": name, "t": round(self.clock() - self.start, 3), **values}) + "\n")
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in (self.text, self.events):
+            if file is not None:
+                file.close()
+
+
+def git_commit(folder: Path) -> str:
+    """The commit of the checkout a folder belongs to, with a + for local changes, or `unknown`."""
+    try:
+        commit = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run(["git", "-C", str(folder), "status", "--porcelain", "-uno"], capture_output=True,
+                               text=True)
+    except OSError:
+        return "unknown"
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") if commit.returncode == 0 else "unknown"
+
+
+def environment_facts(world: World, threads: int) -> dict[str, Any]:
+    """What a reader needs to judge seconds: versions, device, counts."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+             "platform": platform.platform(), "processes": world.size, "threads": threads,
+             "cpu": torch.backends.cpu.get_cpu_capability(), "device": str(world.device)}
+    if world.device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(world.device), "cuda": torch.version.cuda,
+                  "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return facts
+
+
+# ==== 05 DATA ===============================================================================================
+# Tokens and their bytes. Shards have the challenge's format, so official ones work unchanged. Nothing is used
+# before the manifest has proved it: sizes, hashes, counts, and that no validation document was trained on.
+# This section is the only one that knows how many bytes a token stands for.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BOS = 1
+MANIFEST_FORMAT = 1
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped uint16 (n,). Raises ConfigError for a foreign, damaged or absent file."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
+    except OSError as error:
+        raise ConfigError(f"DATA_PATH={path}: cannot be read ({error.strerror})") from None
+    if header.size < SHARD_HEADER_BYTES // 4:
+        raise ConfigError(f"DATA_PATH={path}: a shard has a header of {SHARD_HEADER_BYTES} bytes, this file {size}")
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise ConfigError(f"DATA_PATH={path}: magic and version are {header[0]} {header[1]}, must be "
+                          f"{SHARD_MAGIC} {SHARD_VERSION}")
+    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
+        raise ConfigError(f"DATA_PATH={path}: {size} bytes, but {header[2]} tokens make "
+                          f"{SHARD_HEADER_BYTES + 2 * int(header[2])}; truncated or overlong")
+    if header[2] == 0:
+        raise ConfigError(f"DATA_PATH={path}: a shard must have tokens, this one has none")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+class TokenStream:
+    """Several shards as one stream of tokens."""
+
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        self.shards = shards
+        self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64 (stop - start,), across shard borders."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            end = min(stop, int(self.starts[first + 1]))
+            parts.append(self.shards[first][start - self.starts[first]:end - self.starts[first]])
+            start, first = end, first + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
+    """The SentencePiece model at `path`; ConfigError if it is absent, damaged or of another vocabulary size."""
+    import sentencepiece
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"TOKENIZER_PATH={path}: not a readable SentencePiece model ({error})") from None
+    if tokenizer.vocab_size() != vocab_size:
+        raise ConfigError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {tokenizer.vocab_size()}")
+    return tokenizer
+
+
+def make_byte_counter(tokenizer: Any, rule: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function (previous token, target token), both (n,) -> UTF-8 bytes of each target, int64 (n,).
+
+    `lossless`: every piece counts what it decodes to. `challenge`: the challenge's table rule, in which a leading space
+    counts only after an ordinary token (its tokenizers collapse spaces). Control tokens, BOS among them, count zero.
+    """
+    if rule not in ("lossless", "challenge"):
+        raise ConfigError(f"byte_rule={rule}: must be lossless or challenge")
+    size = tokenizer.vocab_size()
+    counts, leads = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    boundary = np.zeros(size, bool)
+    for token in range(size):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+            boundary[token] = True
+        elif tokenizer.is_byte(token):
+            counts[token] = 1
+        else:
+            piece = tokenizer.id_to_piece(token)
+            if rule == "challenge" and piece.startswith("\u2581"):
+                leads[token], piece = 1, piece[1:]
+            counts[token] = len(piece.replace("\u2581", " ").encode() if rule == "lossless" else piece.encode())
+    return lambda previous, target: counts[target] + leads[target] * ~boundary[previous]
+
+
+class Validation(NamedTuple):
+    """The validation split in memory: tokens (n,) int64, bytes of each token as a target (n,) int64, documents."""
+    tokens: np.ndarray
+    bytes: np.ndarray
+    documents: int
+    lossless: bool
+
+
+class Data(NamedTuple):
+    """A dataset that passed its checks."""
+    train: TokenStream
+    val: Validation
+    manifest: dict[str, Any]
+    manifest_sha256: str
+    tokenizer_sha256: str
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """manifest.json and its sha256; ConfigError when absent, unreadable or of another format."""
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ConfigError(f"DATA_PATH={folder}: no such folder; data/prepare.py makes one")
+    try:
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+        shards = [entry for split in ("train", "val") for entry in manifest[split]["shards"]]
+        shards += manifest["val"].get("sidecars", [])
+        for entry in shards:
+            if Path(entry["file"]).name != entry["file"] or not isinstance(entry["tokens"], int):
+                raise ValueError(f"entry {entry}")
+        for key in ("path", "sha256", "vocab_size", "lossless"):
+            manifest["tokenizer"][key]
+        manifest["val"]["counted_bytes"], manifest["disjoint"]["common"], manifest["byte_rule"]
+    except OSError as error:
+        raise ConfigError(f"DATA_PATH={folder}: manifest.json cannot be read ({error.strerror}); "
+                          "`python data/prepare.py manifest` makes one for shards that are there") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"DATA_PATH={path}: not a manifest ({error!r})") from None
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ConfigError(f"DATA_PATH={path}: format {manifest.get('format')}, must be {MANIFEST_FORMAT}")
+    if manifest["disjoint"]["common"] != 0:
+        raise ConfigError(f"DATA_PATH={path}: {manifest['disjoint']['common']} validation documents are in the "
+                          "training shards; must be 0")
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def _check_hashes(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """ConfigError unless every shard has the size, count and sha256 of the manifest.
+
+    Hashing many gigabytes takes long, so a file that passed is remembered by size and time in `.verified.json`.
+    """
+    stamp_path = folder / ".verified.json"
+    try:
+        known = json.loads(stamp_path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    seen = {}
+    for entry in entries:
+        path = folder / entry["file"]
+        tokens = len(read_shard(path))
+        if tokens != entry["tokens"]:
+            raise ConfigError(f"DATA_PATH={path}: {tokens} tokens, the manifest says {entry['tokens']}")
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, entry["sha256"]]
+        if known.get(entry["file"]) != stamp and sha256_file(path) != entry["sha256"]:
+            raise ConfigError(f"DATA_PATH={path}: sha256 differs from the manifest's {entry['sha256'][:16]}...")
+        seen[entry["file"]] = stamp
+    if seen != known and os.access(folder, os.W_OK):
+        write_json(stamp_path, seen)
+
+
+def _count_validation_bytes(manifest: dict[str, Any], folder: Path, tokenizer: Any, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of each validation token as a target, int64 (n,), from sidecar or tokenizer; their sum is checked."""
+    if manifest["byte_rule"] == "sidecar":
+        counts = np.concatenate([read_shard(folder / entry["file"]) for entry in manifest["val"]["sidecars"]])
+        if len(counts) != len(tokens):
+            raise ConfigError(f"DATA_PATH={folder}: the sidecar has {len(counts)} entries for {len(tokens)} tokens")
+        counts = counts.astype(np.int64)
+    else:
+        counter = make_byte_counter(tokenizer, manifest["byte_rule"])
+        counts = np.concatenate([[0], counter(tokens[:-1], tokens[1:])])
+    expected, documents = manifest["val"]["counted_bytes"], manifest["val"].get("bytes")
+    if counts.sum() != expected:
+        raise ConfigError(f"DATA_PATH={folder}: validation counts {counts.sum()} bytes, the manifest says {expected}")
+    if manifest["tokenizer"]["lossless"] and documents is not None and documents != expected:
+        raise ConfigError(f"DATA_PATH={folder}: a lossless tokenizer must count the {documents} bytes of the "
+                          f"validation documents, the manifest says {expected}")
+    return counts
+
+
+def load_data(settings: DataSettings, world: World) -> Data:
+    """The checked dataset. Rank 0 hashes; all ranks map the shards. Raises ConfigError naming file and rule."""
+    folder = Path(settings.data_path)
+    manifest, manifest_sha256 = _read_manifest(folder)
+    fault = ""
+    if world.first:
+        try:
+            _check_hashes(folder, [*manifest["train"]["shards"], *manifest["val"]["shards"],
+                                    *manifest["val"].get("sidecars", [])])
+        except ConfigError as error:
+            fault = str(error)
+    if fault := world.same(fault):
+        raise ConfigError(fault)
+    path = Path(settings.tokenizer_path) if settings.tokenizer_path else folder / manifest["tokenizer"]["path"]
+    tokenizer = load_tokenizer(path, settings.vocab_size)
+    tokenizer_sha256 = sha256_file(path)
+    if tokenizer_sha256 != manifest["tokenizer"]["sha256"]:
+        raise ConfigError(f"TOKENIZER_PATH={path}: not the tokenizer of the shards (its sha256 is not the manifest's)")
+    tokens = np.concatenate([read_shard(folder / entry["file"]) for entry in manifest["val"]["shards"]])
+    tokens = tokens.astype(np.int64)
+    if tokens[0] != BOS or tokens.max() >= settings.vocab_size or len(tokens) < 2:
+        raise ConfigError(f"DATA_PATH={folder}: validation must begin with BOS={BOS}, have two tokens or more and none "
+                          f"from VOCAB_SIZE={settings.vocab_size} up; the largest is {tokens.max()}")
+    counts = _count_validation_bytes(manifest, folder, tokenizer, tokens)
+    train = TokenStream([read_shard(folder / entry["file"]) for entry in manifest["train"]["shards"]])
+    val = Validation(tokens, counts, int((tokens == BOS).sum()), bool(manifest["tokenizer"]["lossless"]))
+    return Data(train, val, manifest, manifest_sha256, tokenizer_sha256)
+
+
+def document_index(tokens: Tensor) -> Tensor:
+    """The document number of each token within its row, int32 (B, T): one more at every BOS."""
+    return (tokens == BOS).cumsum(dim=-1, dtype=torch.int32)
+
+
+class Batch(NamedTuple):
+    """One forward's worth: inputs and next-token targets (B, T) int64, documents (B, T) int32 or None."""
+    tokens: Tensor
+    targets: Tensor
+    docs: Tensor | None
+
+
+class Batches:
+    """Training rows as a pure function of their global index, the same whatever the number of ranks.
+
+    Each epoch starts at another offset and, with SHUFFLE, visits its rows in another order, so that no token is always
+    first in its row and at most two rows at the ends of the stream are left out.
+    """
+
+    def __init__(self, stream: TokenStream, data: DataSettings, train: TrainSettings, seed: int) -> None:
+        self.stream, self.data, self.seed, self.length = stream, data, seed, train.train_seq_len
+        self.rows_per_micro = train.micro_batch_tokens // train.train_seq_len
+        self.rows_per_epoch = (len(stream) - 1) // self.length - 1
+        if self.rows_per_epoch < 1:
+            raise ConfigError(f"TRAIN_SEQ_LEN={self.length}: the training shards have {len(stream)} tokens, less than "
+                              "two rows")
+        self.epoch, self.order, self.offset = -1, np.empty(0, np.int64), 0
+
+    def _start(self, index: int) -> int:
+        """First token of the row with this global index."""
+        epoch, place = divmod(index, self.rows_per_epoch)
+        if not self.data.shuffle:
+            return place * self.length
+        if epoch != self.epoch:
+            rng = np.random.Generator(np.random.PCG64(stream_seed(self.seed, "rows", epoch)))
+            self.epoch, self.offset = epoch, int(rng.integers(self.length))
+            self.order = rng.permutation(self.rows_per_epoch)
+        return int(self.order[place]) * self.length + self.offset
+
+    def micro(self, index: int, world: World) -> Batch:
+        """Micro-batch `index` of the whole run, on the world's device."""
+        starts = [self._start(index * self.rows_per_micro + row) for row in range(self.rows_per_micro)]
+        rows = torch.from_numpy(np.stack([self.stream.take(start, start + self.length + 1) for start in starts]))
+        if world.device.type == "cuda":
+            rows = rows.pin_memory().to(world.device, non_blocking=True)
+        tokens = rows[:, :-1].contiguous()
+        return Batch(tokens, rows[:, 1:].contiguous(), document_index(tokens) if self.data.doc_isolation else None)
+
+
+# ==== 06 KERNELS ============================================================================================
+# One record an operation. The plain formula stands first and is the documentation; its fast twin stands below
+# and must give the same values and gradients (the tests enumerate the table). To add a twin: write it under
+# its reference, say when it is usable, and give the tolerances that its arithmetic justifies.
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, K, T, C) -> (B, H, T, C): each key/value head serves H / K query heads."""
+    batch, kv_heads, length, channels = x.shape
+    return x[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, channels).reshape(
+        batch, heads, length, channels)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, (B, H, T, C). q (B, H, T, C); k, v (B, K, T, C); mask (B, 1, T, T), True where a query (row)
+    may see a key (column); None is plain causal. Scores, softmax and sums in fp32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    if mask is None:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q.to(wide) @ k.to(wide).mT) / math.sqrt(q.shape[-1])
+    return (scores.masked_fill(~mask, -math.inf).softmax(-1) @ v.to(wide)).to(q.dtype)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same through torch's scaled_dot_product_attention."""
+    return F.scaled_dot_product_attention(q, _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]),
+                                          attn_mask=mask, is_causal=mask is None)
+
+
+def soft_logits(hidden: Tensor, embedding: Tensor, softcap: float) -> Tensor:
+    """Logits (..., V) in fp32 or wider: hidden (..., D) times the tied embedding (V, D), bent into +-softcap."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden.to(wide), embedding.to(wide))
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def mean_nats_reference(hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Mean cross entropy in nats, a scalar: hidden (N, D), tied embedding (V, D), targets (N,) int64."""
+    logits = F.linear(hidden, embedding.to(hidden.dtype)).float() if hidden.dtype != torch.float64 else (
+        F.linear(hidden, embedding))
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return F.cross_entropy(logits, targets)
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """Value and gradient in one pass over rows small enough for the cache; logits (N, V) never exist as a whole."""
+
+    ROWS = 512
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        count, weight = hidden.shape[0], embedding.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(embedding)
+        for start in range(0, count, _ChunkedNats.ROWS):
+            rows = slice(start, start + _ChunkedNats.ROWS)
+            logits = F.linear(hidden[rows], weight).float()
+            bend = (logits / softcap).tanh_() if softcap else None
+            chance = (bend * softcap if softcap else logits).log_softmax(-1)
+            target = targets[rows, None]
+            total -= chance.gather(1, target).sum()
+            slope = chance.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            if softcap:
+                slope *= bend.mul_(bend).neg_().add_(1)
+            slope = slope.mul_(1 / count).to(hidden.dtype)
+            torch.mm(slope, weight, out=d_hidden[rows])
+            d_weight += slope.mT @ hidden[rows]
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * upstream.to(d_hidden.dtype), d_weight * upstream, None, None
+
+
+def mean_nats_chunked(hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """The same, chunk by chunk, gradients made on the way forward."""
+    return _ChunkedNats.apply(hidden, embedding, targets, softcap)
+
+
+class Kernel(NamedTuple):
+    """An operation: reference, fast twin, why the twin is not usable on a device (None: it is), fp32 tolerances."""
+    reference: Callable[..., Tensor]
+    fast: Callable[..., Tensor]
+    unusable: Callable[[torch.device], str | None]
+    value_tolerance: float
+    gradient_tolerance: float
+
+
+KERNELS: dict[str, Kernel] = {
+    "attention": Kernel(attention_reference, attention_sdpa, lambda device: None, 2e-6, 2e-5),
+    "mean_nats": Kernel(mean_nats_reference, mean_nats_chunked,
+                        lambda device: None if device.type == "cpu" else "its chunks are sized for a CPU's cache",
+                        2e-6, 2e-6),
+}
+
+
+class Picked(NamedTuple):
+    """The chosen function of each operation."""
+    attention: Callable[..., Tensor]
+    mean_nats: Callable[..., Tensor]
+
+
+def pick_kernels(choice: str, device: torch.device) -> tuple[Picked, list[str]]:
+    """The functions to use on a device, and one printable line an operation saying which and why."""
+    picked, lines = {}, []
+    for name, kernel in KERNELS.items():
+        reason = "KERNELS=reference" if choice == "reference" else kernel.unusable(device)
+        picked[name] = kernel.reference if reason else kernel.fast
+        lines.append(f"kernel:{name} {picked[name].__name__}" + (f" ({reason})" if reason else ""))
+    return Picked(**picked), lines
+
+
+def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations and products: bfloat16 where the unit multiplies it natively, else float32."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return torch.bfloat16 if any(getattr(torch.cpu, probe, bool)() for probe in native) else torch.float32
+
+
+# ==== 07 FORMATS ============================================================================================
+# Float tensor <-> integer codes and scales, one formula a format, used by export, load and statistics alike.
+# Decoding needs only what encode returned, so what is scored is exactly what is stored. To add a format: add
+# a row to FORMATS; the tests try every row on ragged, constant and zero input.
+
+SCALE_FLOOR = 2.0 ** -24
+
+
+class Coded(NamedTuple):
+    """A tensor in a numeric format: codes int8 (R, C) or fp16 of the tensor's shape, row scales fp16 (R,) or None."""
+    codes: Tensor
+    scales: Tensor | None
+
+
+class Clip(NamedTuple):
+    """Where a grid ends: at `sigmas` row deviations, or where that is 0 at a quantile of the row's magnitudes."""
+    sigmas: float
+    quantile: float
+
+
+def encode_grid(weight: Tensor, bits: int, clip: Clip) -> Coded:
+    """Nearest point of a symmetric grid of 2^bits - 1 steps per row. weight (R, C); the fp16 scale that is stored is
+    the one that rounds, so decode(encode(w)) is exactly what a loaded artifact holds. Source: SDClip, PR 1394."""
+    top = 2 ** (bits - 1) - 1
+    wide = weight.double()
+    if clip.sigmas:
+        end = clip.sigmas * wide.std(dim=1, correction=0)
+    else:
+        end = wide.abs().quantile(clip.quantile, dim=1) if weight.shape[1] else wide.new_zeros(len(wide))
+    end = torch.where(end > 0, end, wide.abs().amax(dim=1))
+    scales = (end / top).clamp_min(SCALE_FLOOR).to(torch.float16)
+    codes = (wide / scales.double()[:, None]).round().clamp(-top, top)
+    return Coded(codes.to(torch.int8), scales)
+
+
+def decode_grid(coded: Coded) -> Tensor:
+    """The fp32 weights (R, C) that codes and scales stand for."""
+    return coded.codes.float() * coded.scales.float()[:, None]
+
+
+def encode_half(weight: Tensor, bits: int, clip: Clip) -> Coded:
+    """fp16, any shape; values beyond its range are an error, never infinities."""
+    half = weight.to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise CheckError(f"a weight of {weight.abs().max():g} does not fit fp16, whose largest value is 65504")
+    return Coded(half, None)
+
+
+def decode_half(coded: Coded) -> Tensor:
+    """fp32 of the fp16 codes."""
+    return coded.codes.float()
+
+
+class Format(NamedTuple):
+    """A numeric format: encode(weight, bits, clip), decode, and its bits a weight."""
+    encode: Callable[[Tensor, int, Clip], Coded]
+    decode: Callable[[Coded], Tensor]
+    bits: int
+
+
+FORMATS: dict[str, Format] = {
+    **{f"int{bits}": Format(encode_grid, decode_grid, bits) for bits in range(2, 9)},
+    "fp16": Format(encode_half, decode_half, 16),
+}
+
+
+# ==== 08 LAYERS =============================================================================================
+# The parts of a block. Every projection is a named site: what `deltas` supplies for it is added here and
+# nowhere else. A part is strictly causal and sees documents only through the mask it is given. Parameters get
+# their role where they are made.
+
+
+class Delta(NamedTuple):
+    """A low-rank addition at a site: x (B, T, in) -> (x a^T) b^T, with a (B or 1, R, in) and b (B or 1, out, R)."""
+    a: Tensor
+    b: Tensor
+
+
+Deltas = Mapping[str, Delta]
+
+
+def make_parameter(shape: tuple[int, ...], role: str, start: float | str = 0.0) -> nn.Parameter:
+    """An fp32 parameter stamped with its role and with its start: a constant, or a name that init_weights knows."""
+    parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+    parameter.role, parameter.start = role, start
+    return parameter
+
+
+def add_delta(y: Tensor, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
+    """y plus what deltas hold for the site, computed from x; y itself when they hold nothing."""
+    if deltas is None or site not in deltas:
+        return y
+    a, b = deltas[site]
+    return y + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
+
+
+class Linear(nn.Module):
+    """A matrix (out, in) with an fp32 master, cast to the input's dtype where it is used."""
+
+    def __init__(self, inputs: int, outputs: int, start: float | str) -> None:
+        super().__init__()
+        self.weight = make_parameter((outputs, inputs), "matrix", start)
+
+    def forward(self, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return add_delta(F.linear(x, self.weight.to(x.dtype)), x, site, deltas)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean square plus eps, along the last dimension; no weight."""
+    return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
+def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, dims / 2) in like's dtype, from fp32: position times base^(-2j / dims). Source: RoFormer."""
+    inverse = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
+    angles = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * inverse
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, C) with its first channels turned by position; pairs are (j, j + dims / 2). The rest passes."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+
+def attention_mask(docs: Tensor | None) -> Tensor | None:
+    """(B, 1, T, T), True where a query may see a key: not later, and of the same document. None when docs is None."""
+    if docs is None:
+        return None
+    length = docs.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=docs.device).tril()
+    return ((docs[:, :, None] == docs[:, None, :]) & causal)[:, None]
+
+
+class Sites(NamedTuple):
+    """The site names of one visit. `attn` and `mlp` are paths beside the whole part, from its input to its output."""
+    q: str
+    k: str
+    v: str
+    o: str
+    attn: str
+    up: str
+    down: str
+    mlp: str
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys, a gain per head and partial rotary embedding."""
+
+    def __init__(self, settings: ModelSettings, block: Block, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        width = settings.model_dim
+        self.heads = int(block.overrides.get("heads", settings.num_heads))
+        self.kv_heads = int(block.overrides.get("kv", settings.num_kv_heads))
+        if width % self.heads or self.heads % self.kv_heads or (width // self.heads) % 2:
+            raise ConfigError(f"STACK={settings.stack}: heads={self.heads} kv={self.kv_heads}: heads must divide "
+                              f"MODEL_DIM={width} into even parts and kv must divide heads")
+        channels = width // self.heads
+        self.dims, self.base, self.eps = settings.rope_dims or channels, settings.rope_base, settings.norm_eps
+        self.attend = attend
+        self.q = Linear(width, self.heads * channels, settings.matrix_init)
+        self.k = Linear(width, self.kv_heads * channels, settings.matrix_init)
+        self.v = Linear(width, self.kv_heads * channels, settings.matrix_init)
+        self.o = Linear(self.heads * channels, width, 0.0)
+        self.q_gain = make_parameter((self.heads,), "gain", settings.qk_gain_init)
+
+    def forward(self, n: Tensor, mask: Tensor | None, sites: Sites, deltas: Deltas | None) -> Tensor:
+        """n (B, T, D), normalised -> (B, T, D)."""
+        batch, length, _ = n.shape
+        q = self.q(n, sites.q, deltas).view(batch, length, self.heads, -1).transpose(1, 2)  # (B, H, T, C)
+        k = self.k(n, sites.k, deltas).view(batch, length, self.kv_heads, -1).transpose(1, 2)  # (B, K, T, C)
+        v = self.v(n, sites.v, deltas).view(batch, length, self.kv_heads, -1).transpose(1, 2)  # (B, K, T, C)
+        cos, sin = rotary_tables(length, self.dims, self.base, n)
+        q = rotate(rms_norm(q, self.eps), cos, sin) * self.q_gain.to(n.dtype)[:, None, None]
+        k = rotate(rms_norm(k, self.eps), cos, sin)
+        y = self.attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)  # (B, T, H * C)
+        return add_delta(self.o(y, sites.o, deltas), n, sites.attn, deltas)
+
+
+class FeedForward(nn.Module):
+    """Two matrices around a squared leaky ReLU. Source: Primer (slope 0), PR 549 of the challenge (slope 0.5)."""
+
+    def __init__(self, width: int, hidden: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.slope = settings.mlp_slope
+        self.up = Linear(width, hidden, settings.matrix_init)
+        self.down = Linear(hidden, width, 0.0)
+
+    def forward(self, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
+        """n (B, T, D), normalised -> (B, T, D)."""
+        hidden = F.leaky_relu(self.up(n, sites.up, deltas), self.slope).square()  # (B, T, F)
+        return add_delta(self.down(hidden, sites.down, deltas), n, sites.mlp, deltas)
+
+
+MIXERS: dict[str, type[nn.Module]] = {"A": Attention}
+
+
+# ==== 09 MODEL ==============================================================================================
+# The order of visits is data: plan_layers turns STACK into steps, and the one forward is a loop over them,
+# bound once per plan. Training, scoring and later test-time training all call it. No branch here knows a
+# system. A parameter's role decides its optimizer and its storage; init_weights is the only place that fills
+# parameters.
+
+
+class Step(NamedTuple):
+    """One visit: its number, its block, the earlier visit whose output is skipped in (or None), and whether to keep."""
+    visit: int
+    block: int
+    source: int | None
+    keep: bool
+
+
+class Phase(NamedTuple):
+    """The steps from a fraction of training on."""
+    start: float
+    steps: tuple[Step, ...]
+
+    def skips(self) -> list[tuple[int, int]]:
+        """(from block, to block) of every skip, in order of use."""
+        return [(self.steps[step.source].block, step.block) for step in self.steps if step.source is not None]
+
+
+def plan_layers(settings: ModelSettings) -> tuple[Phase, ...]:
+    """The phases of a STACK. Skips pair visit half + j with visit half - 1 - j, half being half of all visits."""
+    _, visits = parse_stack(settings.stack)
+    phases = []
+    for start in sorted({frac for item in visits for frac, _ in item.passes}):
+        order: list[int] = []
+        for item in visits:
+            order += list(item.blocks) * max(count for frac, count in item.passes if frac <= start)
+        half = len(order) // 2
+        sources = {half + j: half - 1 - j for j in range(half)} if settings.unet_skips else {}
+        kept = set(sources.values())
+        phases.append(Phase(start, tuple(Step(visit, block, sources.get(visit), visit in kept)
+                                         for visit, block in enumerate(order))))
+    return tuple(phases)
+
+
+def plan_text(settings: ModelSettings) -> str:
+    """The plan, one line a phase: blocks in order of their visits, with `<-b` where block b's output is skipped in."""
+    blocks, _ = parse_stack(settings.stack)
+    lines = []
+    for phase in plan_layers(settings):
+        cells = [f"{blocks[step.block].letter}{step.block}"
+                 + (f"<-{phase.steps[step.source].block}" if step.source is not None else "")
+                 for step in phase.steps]
+        lines.append(f"from {phase.start:.0%}: {len(cells)} visits: {' '.join(cells)}")
+    return "\n".join(lines)
+
+
+class BlockModule(nn.Module):
+    """Residual mix with the embedding stream, mixer, feed-forward; a gain per channel on each branch."""
+
+    def __init__(self, settings: ModelSettings, block: Block, kernels: Picked) -> None:
+        super().__init__()
+        width, mult = settings.model_dim, block.overrides.get("mlp", settings.mlp_mult)
+        self.eps = settings.norm_eps
+        self.mixer = MIXERS[block.letter](settings, block, kernels.attention)
+        self.mlp = FeedForward(width, round(mult * width), settings) if mult else None
+        self.resid_mix = make_parameter((2, width), "gain", "mix")
+        self.attn_scale = make_parameter((width,), "gain", 1.0)
+        if mult:
+            self.mlp_scale = make_parameter((width,), "gain", 1.0)
+
+    def forward(self, x: Tensor, x0: Tensor, mask: Tensor | None, sites: Sites, deltas: Deltas | None) -> Tensor:
+        """x, x0 (B, T, D) -> (B, T, D)."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.mixer(rms_norm(x, self.eps), mask, sites, deltas)
+        if self.mlp is not None:
+            x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps), sites, deltas)
+        return x
+
+
+class Skip(nn.Module):
+    """Brings the output of an earlier block in: added with a weight per channel, or mixed through a learned gate."""
+
+    def __init__(self, width: int, gated: bool) -> None:
+        super().__init__()
+        self.weight = make_parameter((width,), "gain", 1.0)
+        self.gate = make_parameter((width,), "gate", 0.0) if gated else None
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        """x, kept (B, T, D) -> (B, T, D)."""
+        brought = self.weight.to(x.dtype) * kept
+        return x + brought if self.gate is None else torch.lerp(brought, x, self.gate.sigmoid().to(x.dtype))
+
+
+class GPT(nn.Module):
+    """The network's parameters. make_forward binds them to a phase of the plan."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int, kernels: Picked, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.settings, self.dtype, self.mean_nats = settings, dtype, kernels.mean_nats
+        blocks, _ = parse_stack(settings.stack)
+        self.phases = plan_layers(settings)
+        self.tok_emb = make_parameter((vocab_size, settings.model_dim), "embedding", "normal")
+        self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in blocks)
+        pairs = dict.fromkeys(pair for phase in self.phases for pair in phase.skips())
+        self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
+                                    for a, b in pairs})
+
+    def logits(self, hidden: Tensor, deltas: Deltas | None = None) -> Tensor:
+        """fp32 logits (B, T, V) of hidden (B, T, D); the head is the site `head`, added before the soft-cap."""
+        if deltas is None or "head" not in deltas:
+            return soft_logits(hidden, self.tok_emb, self.settings.logit_softcap)
+        raw = add_delta(soft_logits(hidden, self.tok_emb, 0.0), hidden.float(), "head", deltas)
+        cap = self.settings.logit_softcap
+        return cap * torch.tanh(raw / cap) if cap else raw
+
+
+def make_forward(model: GPT, phase: int) -> Callable[[Tensor, Tensor | None, Deltas | None], Tensor]:
+    """forward(tokens (B, T), docs (B, T) or None, deltas) -> final normalised hidden states (B, T, D), for one phase.
+
+    Everything that depends on the plan is resolved here, so that the function compiles to one graph.
+    """
+    settings, bound = model.settings, []
+    for step in model.phases[phase].steps:
+        sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
+        source = None if step.source is None else model.phases[phase].steps[step.source].block
+        skip = None if source is None else model.skips[f"{source}_{step.block}"]
+        bound.append((step, model.blocks[step.block], skip, sites))
+
+    def forward(tokens: Tensor, docs: Tensor | None, deltas: Deltas | None = None) -> Tensor:
+        mask = attention_mask(docs)
+        x = rms_norm(F.embedding(tokens, model.tok_emb).to(model.dtype), settings.norm_eps)  # (B, T, D)
+        x0, kept = x, {}
+        for step, block, skip, sites in bound:
+            if skip is not None:
+                x = skip(x, kept.pop(step.source))
+            x = block(x, x0, mask, sites, deltas)
+            if step.keep:
+                kept[step.visit] = x
+        return rms_norm(x, settings.norm_eps)
+
+    return forward
+
+
+def make_loss(model: GPT, phase: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """loss(tokens, targets, docs) -> mean nats of a batch, a scalar, for one phase of the plan."""
+    forward = make_forward(model, phase)
+
+    def loss(tokens: Tensor, targets: Tensor, docs: Tensor | None) -> Tensor:
+        hidden = forward(tokens, docs)
+        return model.mean_nats(hidden.flatten(0, 1), model.tok_emb, targets.flatten(), model.settings.logit_softcap)
+
+    return loss
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Fill every parameter from its start; each has a random stream of its own, the same on every device."""
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(stream_seed(seed, f"init {name}"))
+        fresh = torch.empty(parameter.shape, dtype=torch.float32)
+        start = parameter.start
+        if start == "normal":
+            fresh.normal_(std=model.settings.tied_embed_init_std, generator=generator)
+        elif start == "uniform":
+            bound = parameter.shape[1] ** -0.5
+            fresh.uniform_(-bound, bound, generator=generator)
+        elif start == "orthogonal":
+            nn.init.orthogonal_(fresh, generator=generator)
+        elif start == "mix":
+            fresh[0], fresh[1] = 1.0, 0.0
+        else:
+            fresh.fill_(start)
+        with torch.no_grad():
+            parameter.copy_(fresh)
+
+
+def count_roles(model: nn.Module) -> dict[str, int]:
+    """Parameters by role."""
+    counts: dict[str, int] = {}
+    for parameter in model.parameters():
+        counts[parameter.role] = counts.get(parameter.role, 0) + parameter.numel()
+    return counts
+
+
+def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length: int) -> int:
+    """FLOPs of one token's forward: two a weight and visit, attention over the mean context, head."""
+    blocks, _ = parse_stack(settings.stack)
+    width, total = settings.model_dim, 2 * vocab_size * settings.model_dim
+    for step in phase.steps:
+        over = blocks[step.block].overrides
+        heads, kv = over.get("heads", settings.num_heads), over.get("kv", settings.num_kv_heads)
+        hidden = round(over.get("mlp", settings.mlp_mult) * width)
+        total += 2 * (2 * width * width + 2 * width * width * kv / heads + 2 * width * hidden) + 4 * width * length / 2
+    return round(total)
+
+
+# ==== 10 OPTIMIZERS =========================================================================================
+# Update rules are pure functions on tensors; one thin class shares the work over ranks. Schedules are pure
+# functions of progress. ROLES says what happens to a parameter: its optimizer, rate, decay and storage. To
+# add a kind of parameter: add a row, stamp the role where the parameter is made.
+
+
+class Role(NamedTuple):
+    """How a kind of parameter is trained and stored: optimizer, names of the settings for rate and decay, and the
+    settings that give bits and clip of its storage ("" where it is stored in fp16)."""
+    optimizer: str
+    rate: str
+    decay: str
+    bits: str
+    sigmas: str
+
+
+ROLES: dict[str, Role] = {
+    "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix_bits", "matrix_clip_sigmas"),
+    "embedding": Role("adamw", "tied_embed_lr", "embed_wd", "embed_bits", "embed_clip_sigmas"),
+    "gain": Role("adamw", "scalar_lr", "", "", ""),
+    "gate": Role("adamw", "scalar_lr", "", "", ""),
+}
+
+
+def check_roles(model: nn.Module) -> None:
+    """Raises, with the names, unless every parameter carries exactly one known role."""
+    lost = [name for name, parameter in model.named_parameters() if getattr(parameter, "role", None) not in ROLES]
+    if lost:
+        raise CheckError(f"parameters without a role of {', '.join(ROLES)}: {', '.join(lost)}")
+
+
+# (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T, one row an iteration; the last row is repeated.
+# Sources: Keller Jordan's Muon; Polar Express (Amsel et al. 2025), constants as in PR 1787 of the challenge.
+MUON_BACKENDS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "newton_schulz": ((3.4445, -4.775, 2.0315),),
+    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                      (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                      (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                      (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                      (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
+
+
+def orthogonalize(update: Tensor, backend: str, steps: int, dtype: torch.dtype) -> Tensor:
+    """Matrices (N, R, C) with their singular values pushed towards 1, in fp32; products in `dtype`."""
+    rows = MUON_BACKENDS[backend]
+    x = update.mT if update.shape[-2] > update.shape[-1] else update
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    for index in range(steps):
+        a, b, c = rows[min(index, len(rows) - 1)]
+        gram = x @ x.mT  # (N, R, R)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.float()
+    return x.mT if update.shape[-2] > update.shape[-1] else x
+
+
+def muon_update(grads: Tensor, momenta: Tensor, momentum: float, settings: OptimSettings, dtype: torch.dtype) -> Tensor:
+    """The step direction (N, R, C) of Muon with Nesterov momentum; `momenta` is updated in place."""
+    momenta.mul_(momentum).add_(grads)
+    update = grads.add(momenta, alpha=momentum)
+    if settings.muon_row_normalize:
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    update = orthogonalize(update, settings.muon_backend, settings.muon_backend_steps, dtype)
+    return update * max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+
+
+def adamw_update_(parameters: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
+                  step: int, rate: float, decay: float, settings: OptimSettings) -> None:
+    """AdamW's step number `step` (from 1) on all tensors, in place. Source: Loshchilov and Hutter 2019."""
+    torch._foreach_lerp_(firsts, grads, 1 - settings.beta1)
+    torch._foreach_mul_(seconds, settings.beta2)
+    torch._foreach_addcmul_(seconds, grads, grads, 1 - settings.beta2)
+    roots = torch._foreach_sqrt(seconds)
+    torch._foreach_div_(roots, (1 - settings.beta2 ** step) ** 0.5)
+    torch._foreach_add_(roots, settings.adam_eps)
+    if decay:
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+    torch._foreach_addcdiv_(parameters, firsts, roots, -rate / (1 - settings.beta1 ** step))
+
+
+class Progress(NamedTuple):
+    """Where training stands: steps done, fraction done (0..1), steps that are left at this pace."""
+    step: int
+    frac: float
+    steps_left: float
+
+
+def rate_factor(settings: OptimSettings, progress: Progress) -> float:
+    """Share of the full rate: 1, then a straight fall to MIN_LR over the last WARMDOWN_FRAC or WARMDOWN_ITERS."""
+    if settings.warmdown_iters:
+        height = progress.steps_left / settings.warmdown_iters
+    elif settings.warmdown_frac:
+        height = (1 - progress.frac) / settings.warmdown_frac
+    else:
+        height = 1.0
+    return max(settings.min_lr, min(1.0, height))
+
+
+def momentum_at(settings: OptimSettings, step: int) -> float:
+    """Muon's momentum: a straight rise over the warm-up steps."""
+    share = min(1.0, step / settings.muon_momentum_warmup_steps) if settings.muon_momentum_warmup_steps else 1.0
+    start = settings.muon_momentum_warmup_start
+    return start + share * (settings.muon_momentum - start)
+
+
+def phase_at(phases: tuple[Phase, ...], frac: float) -> int:
+    """The phase of the plan that is on at a fraction of training."""
+    return max(index for index, phase in enumerate(phases) if phase.start <= frac)
+
+
+def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:
+    """Name -> rank: dearest first, each to the rank with the least work so far; ties by name. The same everywhere."""
+    loads, owners = [0.0] * size, {}
+    for name in sorted(costs, key=lambda key: (-costs[key], key)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += costs[name]
+    return owners
+
+
+class Optimizer:
+    """All updates of a step. Momenta are held on every rank; orthogonalisation is divided over ranks by its cost."""
+
+    def __init__(self, model: nn.Module, settings: OptimSettings, world: World, dtype: torch.dtype) -> None:
+        check_roles(model)
+        self.settings, self.world, self.dtype = settings, world, dtype
+        self.parameters = dict(model.named_parameters())
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.counts: dict[str, int] = dict.fromkeys(self.parameters, 0)
+        for name, parameter in self.parameters.items():
+            kinds = ("momentum",) if ROLES[parameter.role].optimizer == "muon" else ("first", "second")
+            self.state[name] = {kind: torch.zeros_like(parameter) for kind in kinds}
+        matrices = {name: p for name, p in self.parameters.items() if ROLES[p.role].optimizer == "muon"}
+        self.owners = share_out({name: p.numel() * min(p.shape) for name, p in matrices.items()}, world.size)
+
+    @torch.no_grad()
+    def step(self, factor: float, momentum: float) -> None:
+        """Update every parameter that has a gradient; the rates are the settings' times `factor`."""
+        present = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        self._muon({name: p for name, p in present.items() if name in self.owners}, factor, momentum)
+        together: dict[tuple[str, int], list[str]] = {}
+        for name, parameter in present.items():
+            if name not in self.owners:
+                self.counts[name] += 1
+                together.setdefault((parameter.role, self.counts[name]), []).append(name)
+        for (role, count), names in together.items():
+            row = ROLES[role]
+            adamw_update_([present[name] for name in names], [present[name].grad for name in names],
+                          [self.state[name]["first"] for name in names],
+                          [self.state[name]["second"] for name in names], count,
+                          factor * getattr(self.settings, row.rate),
+                          getattr(self.settings, row.decay) if row.decay else 0.0, self.settings)
+
+    def _muon(self, present: dict[str, nn.Parameter], factor: float, momentum: float) -> None:
+        """Directions for the matrices this rank owns, batched by shape; the others' arrive through one sum."""
+        directions: dict[str, Tensor] = {}
+        by_shape: dict[torch.Size, list[str]] = {}
+        for name, parameter in present.items():
+            by_shape.setdefault(parameter.shape, []).append(name)
+        for names in by_shape.values():
+            mine = [name for name in names if self.owners[name] == self.world.rank]
+            for name in set(names) - set(mine):
+                self.state[name]["momentum"].mul_(momentum).add_(present[name].grad)
+            if mine:
+                momenta = torch.stack([self.state[name]["momentum"] for name in mine])
+                update = muon_update(torch.stack([present[name].grad for name in mine]), momenta, momentum,
+                                     self.settings, self.dtype)
+                for name, held, direction in zip(mine, momenta, update, strict=True):
+                    self.state[name]["momentum"].copy_(held)
+                    directions[name] = direction
+        if self.world.size > 1 and present:
+            flat = self.world.add_(torch.cat([directions[name].flatten() if name in directions
+                                              else torch.zeros(p.numel(), device=p.device)
+                                              for name, p in present.items()]))
+            pieces = flat.split([p.numel() for p in present.values()])
+            directions = {name: piece.view_as(present[name]) for name, piece in zip(present, pieces, strict=True)}
+        row = ROLES["matrix"]
+        rate, decay = factor * getattr(self.settings, row.rate), getattr(self.settings, row.decay)
+        for name, parameter in present.items():
+            parameter.mul_(1 - rate * decay).sub_(directions[name], alpha=rate)
+
+
+class Average:
+    """Exponential moving average of all parameters, in fp32. With decay 0 it is the parameters themselves."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.live = decay, dict(model.named_parameters())
+        self.shadow = {name: p.detach().clone() for name, p in self.live.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the parameters by 1 - decay."""
+        if self.decay:
+            torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), 1 - self.decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is exported: name -> fp32 tensor."""
+        return self.shadow if self.decay else {name: p.detach() for name, p in self.live.items()}
+
+
+# ==== 11 TRAINING ===========================================================================================
+# Fill the clock with good steps and lose none of them. The global batch is cut into the same micro-batches
+# whatever the number of ranks; the stop, the rate and the phase follow rank 0's clock on all ranks; a
+# checkpoint is whole or absent.
+
+
+class Stopwatch:
+    """Seconds of training: those of earlier processes of this run, plus the running ones; validation is not counted."""
+
+    def __init__(self, clock: Callable[[], float], spent: float) -> None:
+        self.clock, self.spent, self.since = clock, spent, None
+
+    def start(self) -> None:
+        """Go on counting."""
+        self.since = self.clock()
+
+    def stop(self) -> None:
+        """Pause."""
+        self.spent, self.since = self.seconds(), None
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self.spent + (0.0 if self.since is None else self.clock() - self.since)
+
+
+# A cold graph costs 20-45 s on two cores; what a compiled step saves there repays it only in long runs.
+COMPILE_REPAYS_SECONDS = 900
+
+
+def working_compiler() -> str | None:
+    """The C++ compiler torch.compile would use on a CPU, if it compiles a line against Python's headers."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        return None
+    program = "#include <Python.h>\n#include <vector>\nint main() { std::vector<int> v; return (int)v.size(); }\n"
+    done = subprocess.run([found, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_paths()['include']}", "-"],
+                          input=program, text=True, capture_output=True)
+    return found if done.returncode == 0 else None
+
+
+def pick_compile(choice: str, device: torch.device, seconds: float, graphs: int) -> tuple[bool, str]:
+    """Whether to compile, and the reason to print. On a CPU only if a C++ compiler works and the budget repays it."""
+    if choice == "0":
+        return False, "COMPILE=0"
+    if device.type == "cuda":
+        return True, "a GPU"
+    needed = COMPILE_REPAYS_SECONDS * graphs
+    if choice == "auto" and 0 < seconds < needed:
+        return False, f"{seconds:g} s of training do not repay {graphs} cold graphs, {needed:g} s would"
+    compiler = working_compiler()
+    if compiler is None and choice == "1":
+        raise ConfigError("COMPILE=1: needs a working C++ compiler (g++ or clang++) and Python's headers, none found")
+    return compiler is not None, compiler or "no working C++ compiler"
+
+
+def make_compiled(function: Callable[..., Tensor], on: bool) -> Callable[..., Tensor]:
+    """The function through torch.compile as one graph, or as it is. The only caller of torch.compile."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if on else function
+
+
+class Checkpoint(NamedTuple):
+    """What a killed run continues from."""
+    step: int
+    seconds: float
+    finished: bool
+    last_loss: float
+    config_hash: str
+    data_hash: str
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]
+    counts: dict[str, int]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write it atomically, in torch's zip format (every record has a CRC)."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint._asdict(), buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; ConfigError when it is damaged. Never executes what it reads."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged (checksum of {broken}); "
+                                  "delete it to train again")
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        return Checkpoint(**held)
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, TypeError, ValueError, KeyError, EOFError,
+            NotImplementedError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged ({first}); delete it to train again") from None
+
+
+def check_same_weights(model: nn.Module, world: World) -> None:
+    """CheckError unless all ranks hold bit-identical parameters."""
+    if world.size == 1:
+        return
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    if len(set(world.gather(digest.hexdigest()))) > 1:
+        raise CheckError("ranks hold different weights: the run is not reproducible and was stopped")
+
+
+class Coverage:
+    """Proves that training reaches every parameter: in the graph of some phase, and moved within five steps of it."""
+
+    STEPS = 5
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.outside, self.still = set(self.parameters), dict.fromkeys(self.parameters, 0)
+
+    def saw_phase(self) -> None:
+        """After a warm-up backward: parameters with a gradient are in the graph of this phase."""
+        self.outside -= {name for name, parameter in self.parameters.items() if parameter.grad is not None}
+
+    def check_phases(self) -> None:
+        """CheckError naming the parameters that no phase reaches."""
+        if self.outside:
+            raise CheckError(f"parameters that no phase of the plan trains: {', '.join(sorted(self.outside))}")
+
+    def saw_step(self) -> None:
+        """After a real backward: CheckError naming parameters whose gradient stayed exactly zero."""
+        for name in list(self.still):
+            gradient = self.parameters[name].grad
+            if gradient is None:
+                continue
+            if bool(gradient.any()):
+                del self.still[name]
+                continue
+            self.still[name] += 1
+            if self.still[name] >= self.STEPS:
+                raise CheckError(f"parameter {name}: its gradient was exactly zero in its first {self.STEPS} steps")
+
+
+class Trainer:
+    """One run's training: builds everything, resumes if there is a checkpoint, and walks the steps."""
+
+    def __init__(self, config: Config, model: GPT, data: Data, world: World, log: Log, folder: Path,
+                 score_float: Callable[[int], tuple[float, float]]) -> None:
+        self.config, self.model, self.world, self.log, self.folder = config, model, world, log, folder
+        self.data, self.score_float = data, score_float
+        self.batches = Batches(data.train, config.data, config.train, config.run.seed)
+        self.optimizer = Optimizer(model, config.optim, world, model.dtype)
+        self.average = Average(model, config.optim.ema_decay)
+        self.micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
+        if self.micros % world.size:
+            raise ConfigError(f"NPROC={world.size}: must divide the {self.micros} micro-batches of a step "
+                              f"(TRAIN_BATCH_TOKENS over MICRO_BATCH_TOKENS={config.train.micro_batch_tokens})")
+        self.step, self.last_loss, self.finished = 0, math.nan, False
+        self.watch = Stopwatch(log.clock, 0.0)
+        self.saved_at = 0.0
+        self.coverage = Coverage(model)
+        self.losses: list[Callable[..., Tensor]] = []
+        self.board: Any = None
+
+    # -- set-up
+
+    def resume(self) -> None:
+        """Continue from checkpoint.pt when there is one; under a wall clock the seconds after it count as spent."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        held = load_checkpoint(path)
+        if held.config_hash != self.config.digest():
+            raise ConfigError(f"RUN_ID={self.folder.name}: {path} was made with other settings; use another RUN_ID")
+        if held.data_hash != self.data.manifest_sha256:
+            raise ConfigError(f"DATA_PATH={self.config.data.data_path}: {path} was made with another dataset")
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(held.weights[name])
+                for kind, tensor in self.optimizer.state[name].items():
+                    tensor.copy_(held.state[name][kind])
+                if self.average.decay:
+                    self.average.shadow[name].copy_(held.average[name])
+        self.optimizer.counts.update(held.counts)
+        self.step, self.last_loss, self.finished = held.step, held.last_loss, held.finished
+        seconds = held.seconds
+        if self.config.train.max_wallclock_seconds and not held.finished:
+            seconds = max(seconds, self._logged_seconds())
+        self.watch.spent = self.saved_at = self.world.same(seconds)
+        self.log.line(f"resumed:{path} step:{self.step} train_time:{self.watch.spent * 1000:.0f}ms"
+                      + (" (training was finished)" if held.finished else ""))
+        self.log.event("resume", step=self.step, train_seconds=self.watch.spent)
+
+    def _logged_seconds(self) -> float:
+        """The last training second that events.jsonl knows of."""
+        seconds = 0.0
+        try:
+            for line in (self.folder / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+                if '"train_seconds"' in line and line.endswith("}"):
+                    seconds = max(seconds, float(json.loads(line).get("train_seconds", 0.0)))
+        except OSError:
+            return 0.0
+        return seconds
+
+    def warm_up(self) -> None:
+        """Compile and run every phase on random tokens before the clock starts; no weight changes."""
+        settings = self.config.train
+        on, reason = pick_compile(self.config.system.compile, self.world.device, settings.max_wallclock_seconds,
+                                  len(self.model.phases))
+        self.log.line(f"compile:{int(on)} ({reason})")
+        self.losses = [make_compiled(make_loss(self.model, phase), on) for phase in range(len(self.model.phases))]
+        generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
+        shape = (settings.micro_batch_tokens // settings.train_seq_len, settings.train_seq_len + 1)
+        rows = torch.randint(BOS + 3, self.config.data.vocab_size, shape, generator=generator).to(self.world.device)
+        docs = document_index(rows[:, :-1]) if self.config.data.doc_isolation else None
+        began = self.log.clock()
+        for loss in self.losses:
+            for _ in range(settings.warmup_steps):
+                self.model.zero_grad(set_to_none=True)
+                loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), docs).backward()
+            self.coverage.saw_phase()
+        self.model.zero_grad(set_to_none=True)
+        self.coverage.check_phases()
+        self.log.line(f"warmup:{settings.warmup_steps} passes of {len(self.losses)} plans "
+                      f"in {self.log.clock() - began:.1f}s, not timed")
+
+    # -- one step
+
+    def progress(self) -> Progress:
+        """Where training stands by rank 0's clock or, without a budget, by steps."""
+        settings = self.config.train
+        frac, left = self.step / settings.iterations, float(settings.iterations - self.step)
+        budget = settings.max_wallclock_seconds - settings.reserve_seconds
+        if settings.max_wallclock_seconds:
+            seconds = self.world.same(self.watch.seconds())
+            frac = max(frac, min(1.0, seconds / budget))
+            if self.step:
+                left = min(left, max(0.0, budget - seconds) / max(seconds / self.step, 1e-9))
+        return Progress(self.step, frac, left)
+
+    def gradients(self, phase: int) -> tuple[float, float]:
+        """Fill the gradients of the global batch; returns its mean loss in nats and the gradient norm."""
+        total = torch.zeros((), device=self.world.device)
+        self.model.zero_grad(set_to_none=True)
+        for micro in range(self.world.rank, self.micros, self.world.size):
+            batch = self.batches.micro(self.step * self.micros + micro, self.world)
+            loss = self.losses[phase](*batch) / self.micros
+            loss.backward()
+            total += loss.detach()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.world.size > 1:
+            flat = self.world.add_(torch.cat([total.view(1), *(grad.flatten() for grad in grads)]))
+            total = flat[0]
+            pieces = flat[1:].split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True)])
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        clip = self.config.optim.grad_clip_norm
+        if clip:
+            torch._foreach_mul_(grads, (clip / norm.clamp_min(1e-12)).clamp_max(1.0))
+        return total.item(), norm.item()
+
+    def one_step(self, progress: Progress) -> None:
+        """Gradients, update, average, log."""
+        phase = phase_at(self.model.phases, progress.frac)
+        loss, norm = self.gradients(phase)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise CheckError(f"step {self.step}: train_loss={loss}, gradient norm {norm}: training diverged; lower "
+                             f"MATRIX_LR={self.config.optim.matrix_lr:g}, TIED_EMBED_LR or SCALAR_LR, or set "
+                             "GRAD_CLIP_NORM=1; the last checkpoint is kept")
+        if self.coverage.still:
+            self.coverage.saw_step()
+        factor = rate_factor(self.config.optim, progress)
+        self.optimizer.step(factor, momentum_at(self.config.optim, self.step))
+        self.average.update()
+        self.step, self.last_loss = self.step + 1, loss
+        seconds = self.watch.seconds()
+        tokens = self.step * self.config.train.train_batch_tokens
+        self.log.event("step", step=self.step, train_loss=loss, lr_factor=factor, train_seconds=seconds, tokens=tokens,
+                       grad_norm=norm)
+        if self.step % self.config.train.train_log_every == 0 or self.step <= 3:
+            self.log.line(f"step:{self.step}/{self.config.train.iterations} train_loss:{loss:.4f} "
+                          f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / self.step:.2f}ms")
+        if self.board is not None:
+            for tag, value in (("train_loss", loss), ("lr_factor", factor), ("grad_norm", norm)):
+                self.board.add_scalar(tag, value, self.step)
+
+    # -- around the steps
+
+    def validate(self, phase: int) -> None:
+        """Score the float weights on the whole validation split; the training clock stands still."""
+        self.watch.stop()
+        nats, bpb = self.score_float(phase)
+        seconds = self.watch.seconds()
+        self.log.line(f"step:{self.step}/{self.config.train.iterations} val_loss:{nats:.4f} "
+                      f"val_bpb:{bpb:.4f} train_time:{seconds * 1000:.0f}ms "
+                      f"step_avg:{seconds * 1000 / max(1, self.step):.2f}ms")
+        self.log.event("val", step=self.step, val_loss=nats, val_bpb=bpb, train_seconds=seconds)
+        if self.board is not None:
+            self.board.add_scalar("val_bpb", bpb, self.step)
+        self.watch.start()
+
+    def save(self, finished: bool) -> None:
+        """Write the checkpoint on rank 0."""
+        if self.world.first:
+            weights = {name: p.detach().cpu() for name, p in self.model.named_parameters()}
+            average = {name: tensor.cpu() for name, tensor in self.average.shadow.items()}
+            state = {name: {kind: tensor.cpu() for kind, tensor in kinds.items()}
+                     for name, kinds in self.optimizer.state.items()}
+            save_checkpoint(self.folder / "checkpoint.pt", Checkpoint(
+                self.step, self.watch.seconds(), finished, self.last_loss, self.config.digest(),
+                self.data.manifest_sha256, weights, average, state, self.optimizer.counts))
+        self.saved_at = self.watch.seconds()
+
+    def must_stop(self, progress: Progress) -> bool:
+        """True when the steps are done, or one more step would not fit the budget."""
+        settings = self.config.train
+        if self.step >= settings.iterations:
+            return True
+        return bool(settings.max_wallclock_seconds) and (progress.frac >= 1 or (self.step > 0
+                                                                              and progress.steps_left < 1))
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the `train` part of result.json."""
+        self.resume()
+        if not self.finished:
+            self.warm_up()
+            self._open_bar_and_board()
+            self.watch.start()
+            self._loop()
+            self.watch.stop()
+            self.save(finished=True)
+        check_same_weights(self.model, self.world)
+        memory = peak_memory_bytes(self.world.device)
+        if self.world.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self.world.device)
+            self.log.line(f"peak memory allocated: {memory >> 20} MiB reserved: {reserved >> 20} MiB")
+        else:
+            self.log.line(f"peak memory allocated: {memory >> 20} MiB reserved: {memory >> 20} MiB")
+        tokens = self.step * self.config.train.train_batch_tokens
+        seconds = self.watch.seconds()
+        return {"steps": self.step, "tokens": tokens, "seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds else 0.0, "final_train_loss": self.last_loss,
+                "peak_memory_bytes": memory}
+
+    def _open_bar_and_board(self) -> None:
+        """Progress bar on a terminal, curves for TensorBoard; rank 0 only."""
+        if not self.world.first:
+            return
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.log.bar = tqdm(total=100, desc="train", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        if self.config.run.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError("TENSORBOARD=1: needs the package tensorboard; install it or set "
+                                  "TENSORBOARD=0") from None
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def _loop(self) -> None:
+        settings = self.config.train
+        while not self.must_stop(progress := self.progress()):
+            if settings.val_loss_every and self.step and self.step % settings.val_loss_every == 0:
+                self.validate(phase_at(self.model.phases, progress.frac))
+            self.one_step(progress)
+            if self.step % settings.sync_check_every == 0:
+                check_same_weights(self.model, self.world)
+            if settings.checkpoint_seconds and self.watch.seconds() - self.saved_at >= settings.checkpoint_seconds:
+                self.save(finished=False)
+            if self.log.bar is not None:
+                self.log.bar.n = round(100 * progress.frac)
+                self.log.bar.set_postfix_str(f"step {self.step} loss {self.last_loss:.3f}", refresh=True)
+        if self.log.bar is not None:
+            self.log.bar.close()
+            self.log.bar = None
+        if self.board is not None:
+            self.board.close()
+        if self.step < settings.iterations:
+            self.log.line(f"stopping_early: wallclock_cap train_time:{self.watch.seconds() * 1000:.0f}ms "
+                          f"step:{self.step}/{settings.iterations}")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process held: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ==== 12 ARTIFACT ===========================================================================================
+# Weights to as few bytes as the routes allow, and back. The container is our own: magic, version, header,
+# blobs, checksum; no pickle, no dates, the same bytes every time. A reader trusts no length before it has
+# checked it. To add a codec: add a row to CODECS; the tests try every row.
+
+MAGIC, CONTAINER_VERSION = b"SIXTEEN\0", 1
+HEADER_LIMIT_BYTES, TENSOR_LIMIT_WEIGHTS = 1 << 22, 1 << 31
+
+
+def _need(package: str, codec: str) -> Any:
+    """The compressor's module, or ConfigError: a compressor that was asked for and is missing is never replaced."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"CODEC={codec}: needs the Python package {package}, which is not installed")
+    return importlib.import_module(package)
+
+
+def _pack_zlib(symbols: np.ndarray) -> bytes:
+    return zlib.compress(symbols.tobytes(), 9)
+
+
+def _unpack_zlib(blob: bytes, count: int) -> bytes:
+    return zlib.decompressobj().decompress(blob, count + 1)
+
+
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
+
+
+def _pack_lzma(symbols: np.ndarray) -> bytes:
+    return lzma.compress(symbols.tobytes(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def _unpack_lzma(blob: bytes, count: int) -> bytes:
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(blob, count + 1)
+
+
+def _pack_zstd(symbols: np.ndarray) -> bytes:
+    return _need("zstandard", "zstd").ZstdCompressor(level=22).compress(symbols.tobytes())
+
+
+def _unpack_zstd(blob: bytes, count: int) -> bytes:
+    zstandard = _need("zstandard", "zstd")
+    if zstandard.frame_content_size(blob) != count:
+        raise ValueError(f"the frame declares {zstandard.frame_content_size(blob)} symbols")
+    return zstandard.ZstdDecompressor().decompress(blob, max_output_size=count)
+
+
+def _pack_brotli(symbols: np.ndarray) -> bytes:
+    return _need("brotli", "brotli").compress(symbols.tobytes(), quality=11, lgwin=24)
+
+
+def _unpack_brotli(blob: bytes, count: int) -> bytes:
+    decoder = _need("brotli", "brotli").Decompressor()
+    out = decoder.process(blob, output_buffer_limit=count + 1)
+    while len(out) <= count and not decoder.is_finished():
+        more = decoder.process(b"", output_buffer_limit=count + 1 - len(out))
+        if not more:
+            break
+        out += more
+    return out
+
+
+FREQUENCY_BITS = 16
+
+
+def integer_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Frequencies int64 that sum to 2^16, at least 1 where a count is positive: the coder's exact, portable model."""
+    total = 1 << FREQUENCY_BITS
+    shares, rests = np.divmod(counts.astype(np.int64) * total, int(counts.sum()))
+    frequencies = np.where(counts > 0, np.maximum(1, shares), 0)
+    lacking = total - int(frequencies.sum())
+    if lacking > 0:
+        frequencies[np.argsort(-rests, kind="stable")[:lacking]] += 1
+    for _ in range(-lacking):
+        # Rare symbols were lifted to 1; the most frequent one pays, where a unit changes the code least.
+        frequencies[np.argmax(frequencies)] -= 1
+    return frequencies
+
+
+def _range_model(frequencies: np.ndarray) -> Any:
+    constriction = _need("constriction", "range")
+    chances = frequencies.astype(np.float32) / (1 << FREQUENCY_BITS)
+    return constriction.stream.model.Categorical(chances, perfect=False)
+
+
+def _pack_range(symbols: np.ndarray) -> bytes:
+    """Order-0 range coding. Layout: smallest and largest symbol, a u16 frequency for each between, then u32 words."""
+    constriction = _need("constriction", "range")
+    low, high = int(symbols.min()), int(symbols.max())
+    head = struct.pack("<BB", low, high)
+    if low == high:
+        return head
+    frequencies = integer_frequencies(np.bincount(symbols, minlength=256)[low:high + 1])
+    # A symbol that never occurs still needs a place in the model; it is dropped by renumbering.
+    used = np.flatnonzero(frequencies)
+    renumber = np.zeros(256, np.int32)
+    renumber[used + low] = np.arange(len(used))
+    coder = constriction.stream.queue.RangeEncoder()
+    coder.encode(renumber[symbols], _range_model(frequencies[used]))
+    return head + frequencies.astype("<u2").tobytes() + coder.get_compressed().astype("<u4").tobytes()
+
+
+def _unpack_range(blob: bytes, count: int) -> bytes:
+    constriction = _need("constriction", "range")
+    low, high = struct.unpack_from("<BB", blob)
+    if low == high:
+        return bytes([low]) * (count if len(blob) == 2 else 0)
+    width = high - low + 1
+    frequencies = np.frombuffer(blob, "<u2", width, 2).astype(np.int64)
+    words = np.frombuffer(blob, "<u4", offset=2 + 2 * width).astype(np.uint32)
+    used = np.flatnonzero(frequencies)
+    if high < low or frequencies.sum() != 1 << FREQUENCY_BITS or len(used) < 2:
+        raise ValueError("the frequency table does not sum to its total")
+    numbers = constriction.stream.queue.RangeDecoder(words).decode(_range_model(frequencies[used]), count)
+    return (used + low)[numbers].astype(np.uint8).tobytes()
+
+
+class Codec(NamedTuple):
+    """A lossless coder of bytes: pack(uint8 (n,)) -> bytes, unpack(bytes, n) -> n bytes; the package it needs."""
+    pack: Callable[[np.ndarray], bytes]
+    unpack: Callable[[bytes, int], bytes]
+    package: str
+
+
+CODECS: dict[str, Codec] = {
+    "zlib": Codec(_pack_zlib, _unpack_zlib, "zlib"),
+    "lzma": Codec(_pack_lzma, _unpack_lzma, "lzma"),
+    "zstd": Codec(_pack_zstd, _unpack_zstd, "zstandard"),
+    "brotli": Codec(_pack_brotli, _unpack_brotli, "brotli"),
+    "range": Codec(_pack_range, _unpack_range, "constriction"),
+}
+
+
+def pick_codecs(choice: str) -> tuple[list[str], list[str]]:
+    """Names of the codecs to try, and names of those `auto` has to do without. A named one must be there."""
+    if choice != "auto":
+        _need(CODECS[choice].package, choice)
+        return [choice], []
+    there = [name for name, codec in CODECS.items() if importlib.util.find_spec(codec.package) is not None]
+    return there, [name for name in CODECS if name not in there]
+
+
+def pack_symbols(symbols: np.ndarray, names: list[str]) -> tuple[str, bytes]:
+    """The smallest packing of uint8 symbols (n,), and its codec; ties go to the earlier name."""
+    packed = [(name, CODECS[name].pack(symbols)) for name in names]
+    return min(packed, key=lambda pair: len(pair[1]))
+
+
+def unpack_symbols(name: str, blob: bytes, count: int) -> np.ndarray:
+    """Exactly `count` uint8 symbols, or ValueError."""
+    out = CODECS[name].unpack(blob, count)
+    if len(out) != count:
+        raise ValueError(f"{name} gave {len(out)} symbols, {count} were declared")
+    return np.frombuffer(out, np.uint8)
+
+
+def _to_planes(tensor: Tensor) -> np.ndarray:
+    """Codes or scales as uint8 (n,): int8 shifted by 128; fp16 as all low bytes, then all high bytes."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.dtype == torch.int8:
+        return (flat.numpy().view(np.uint8) ^ 0x80).copy()
+    return np.ascontiguousarray(flat.numpy().view(np.uint8).reshape(-1, 2).T).reshape(-1)
+
+
+def _from_planes(symbols: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The inverse of _to_planes."""
+    if dtype == torch.int8:
+        raw = (symbols ^ 0x80).view(np.int8)
+    else:
+        raw = np.ascontiguousarray(symbols.reshape(2, -1).T).view(np.float16).reshape(-1)
+    return torch.from_numpy(raw.copy()).reshape(shape)
+
+
+class Route(NamedTuple):
+    """How one tensor was stored: the row printed for it and written to events.jsonl."""
+    name: str
+    role: str
+    format: str
+    codec: str
+    weights: int
+    bytes: int
+    error: float
+
+
+def pick_format(role: str, settings: ArtifactSettings) -> tuple[str, Clip]:
+    """Name of a role's storage format, and the clip of its grid."""
+    row = ROLES[role]
+    name = f"int{getattr(settings, row.bits)}" if row.bits else "fp16"
+    return name, Clip(getattr(settings, row.sigmas) if row.sigmas else 0.0, settings.clip_quantile)
+
+
+def pack_artifact(weights: Mapping[str, Tensor], roles: Mapping[str, str], facts: dict[str, Any],
+                  settings: ArtifactSettings) -> tuple[bytes, list[Route]]:
+    """The artifact's bytes and the route of every tensor. `facts` is what a reader needs to rebuild the model."""
+    codecs, _ = pick_codecs(settings.codec)
+    routes, rows, blobs = [], [], []
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise CheckError(f"{name} holds values that are not finite; nothing was written")
+        format_name, clip = pick_format(roles[name], settings)
+        form = FORMATS[format_name]
+        coded = form.encode(weight.detach().cpu().float(), form.bits, clip)
+        codec, blob = pack_symbols(_to_planes(coded.codes), codecs)
+        scale_codec, scales = pack_symbols(_to_planes(coded.scales), codecs) if coded.scales is not None else ("", b"")
+        rows.append([name, format_name, list(weight.shape), codec, len(blob), scale_codec, len(scales)])
+        blobs += [blob, scales]
+        decoded = form.decode(coded).reshape(weight.shape)
+        error = float((decoded - weight.cpu()).norm() / weight.norm().cpu().clamp_min(1e-30))
+        routes.append(Route(name, roles[name], format_name, codec, weight.numel(), len(blob) + len(scales), error))
+    header = zlib.compress(json.dumps({**facts, "tensors": rows}, sort_keys=True, separators=(",", ":")).encode(), 9)
+    body = b"".join([MAGIC, struct.pack("<HI", CONTAINER_VERSION, len(header)), header, *blobs])
+    return body + hashlib.sha256(body).digest(), routes
+
+
+def _parse_header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The header as a dict and the offset of the first blob; ValueError naming what is wrong."""
+    fixed = len(MAGIC) + struct.calcsize("<HI")
+    if len(data) < fixed + 32 or data[:len(MAGIC)] != MAGIC:
+        raise ValueError("not an artifact of this project, or truncated")
+    version, length = struct.unpack_from("<HI", data, len(MAGIC))
+    if version != CONTAINER_VERSION:
+        raise ValueError(f"container version {version}, this script reads {CONTAINER_VERSION}")
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError("the checksum does not match: the file is damaged or truncated")
+    if fixed + length + 32 > len(data):
+        raise ValueError(f"a header of {length} bytes does not fit the file")
+    raw = zlib.decompressobj().decompress(data[fixed:fixed + length], HEADER_LIMIT_BYTES)
+    header = json.loads(raw)
+    if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
+        raise ValueError("the header is not a list of tensors")
+    return header, fixed + length
+
+
+def unpack_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(facts, name -> fp32 tensor) of an artifact's bytes; ValueError, in one line, for anything damaged."""
+    try:
+        header, at = _parse_header(data)
+        weights: dict[str, Tensor] = {}
+        for name, format_name, shape, codec, length, scale_codec, scale_length in header.pop("tensors"):
+            sizes = [length, scale_length, *shape]
+            count = math.prod(shape)
+            if (format_name not in FORMATS or codec not in CODECS or any(type(n) is not int or n < 0 for n in sizes)
+                    or count > TENSOR_LIMIT_WEIGHTS or at + length + scale_length + 32 > len(data)):
+                raise ValueError(f"tensor {name!r}: impossible header entry")
+            form, half = FORMATS[format_name], format_name == "fp16"
+            codes = _from_planes(unpack_symbols(codec, data[at:at + length], count * (2 if half else 1)), tuple(shape),
+                                 torch.float16 if half else torch.int8)
+            scales = None
+            if not half:
+                raw = unpack_symbols(scale_codec, data[at + length:at + length + scale_length], 2 * shape[0])
+                scales = _from_planes(raw, (shape[0],), torch.float16)
+            weights[name] = form.decode(Coded(codes, scales))
+            at += length + scale_length
+        if at + 32 != len(data):
+            raise ValueError(f"{len(data) - at - 32} bytes belong to no tensor")
+        return header, weights
+    except (KeyError, TypeError, IndexError, struct.error, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"damaged: {error}") from None
+
+
+def save_artifact(path: Path, data: bytes) -> None:
+    """Write the artifact atomically and read it back: what is on disk is what was counted."""
+    write_atomic(path, data)
+    if path.read_bytes() != data:
+        raise CheckError(f"{path}: reading back gave other bytes; the disk is not reliable")
+
+
+def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(facts, weights) of the artifact at `path`; ConfigError when it is absent or damaged."""
+    try:
+        return unpack_artifact(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"RUN_ID={path.parent.name}: no artifact at {path} ({error.strerror})") from None
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise ConfigError(f"RUN_ID={path.parent.name}: {path}: {error}") from None
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Copy weights into the model, strictly: ConfigError naming tensors that are missing, extra or of another shape."""
+    own = dict(model.named_parameters())
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} is not in the model" for name in weights if name not in own]
+    faults += [f"{name} is {tuple(weights[name].shape)}, must be {tuple(own[name].shape)}" for name in own
+               if name in weights and weights[name].shape != own[name].shape]
+    if faults:
+        raise ConfigError(f"{what}: does not fit the model: {'; '.join(faults[:5])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
+    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer."""
+    return {"model": dataclasses.asdict(settings), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
+
+
+def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernels: Picked, dtype: torch.dtype,
+                    path: Path) -> GPT:
+    """The model an artifact describes, with its weights; ConfigError when header and tensors disagree."""
+    try:
+        model = GPT(ModelSettings(**facts["model"]), int(facts["vocab_size"]), kernels, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"RUN_ID={path.parent.name}: {path}: the header describes no model ({error})") from None
+    load_weights(model, weights, f"RUN_ID={path.parent.name}: {path}")
+    return model
+
+
+def expected_bits(columns: int, bits: int, clip: Clip) -> float:
+    """Entropy in bits of one Gaussian weight on a grid: log2 of the row deviation in steps, plus log2 sqrt(2 pi e).
+
+    Where the grid ends at the row's largest value, that is taken as the median of the largest of `columns` Gaussians.
+    """
+    top = 2 ** (bits - 1) - 1
+    sigmas = clip.sigmas or statistics.NormalDist().inv_cdf(0.5 + 0.5 * 0.5 ** (1 / columns))
+    return max(0.1, min(bits, math.log2(top / sigmas) + 0.5 * math.log2(2 * math.pi * math.e)))
+
+
+def forecast_bytes(model: nn.Module, settings: ArtifactSettings) -> dict[str, float]:
+    """Predicted bytes of the artifact by role, before any training, and `container` for header and checksum."""
+    forecast = {"container": 200.0}
+    for parameter in model.parameters():
+        format_name, clip = pick_format(parameter.role, settings)
+        bits = FORMATS[format_name].bits
+        size = parameter.numel() * bits / 8
+        if format_name != "fp16":
+            rows, columns = parameter.shape
+            size = rows * columns * expected_bits(columns, bits, clip) / 8 + 1.2 * rows + 200
+        forecast[parameter.role] = forecast.get(parameter.role, 0.0) + size
+        forecast["container"] += 14
+    return forecast
+
+
+# ==== 13 EVALUATORS =========================================================================================
+# One number, honestly: nats of every validation target over the bytes of the documents. The windows are
+# planned before anything is scored and are the same for any number of ranks; the ledger counts each target,
+# and a score exists only if every target was counted once. bits_per_byte is the only function that divides by
+# bytes.
+
+
+def bits_per_byte(nats: float, count: int) -> float:
+    """Bits per byte: nats over ln 2, over UTF-8 bytes."""
+    return nats / math.log(2) / count
+
+
+class Window(NamedTuple):
+    """Input tokens [start, stop) predict targets [start + 1, stop]; those from `first` on are scored."""
+    start: int
+    stop: int
+    first: int
+
+
+def plan_contiguous(count: int, settings: EvalSettings) -> list[Window]:
+    """Windows side by side over `count` tokens; the last may be short. Targets are 1 .. count - 1."""
+    return [Window(start, min(start + settings.eval_seq_len, count - 1), start + 1)
+            for start in range(0, count - 1, settings.eval_seq_len)]
+
+
+def plan_sliding(count: int, settings: EvalSettings) -> list[Window]:
+    """The first window scores all its targets, each later one EVAL_STRIDE new ones behind as much context as fits."""
+    windows = [Window(0, min(settings.eval_seq_len, count - 1), 1)]
+    while windows[-1].stop < count - 1:
+        stop = min(windows[-1].stop + settings.eval_stride, count - 1)
+        windows.append(Window(max(0, stop - settings.eval_seq_len), stop, windows[-1].stop + 1))
+    return windows
+
+
+EVALUATORS: dict[str, Callable[[int, EvalSettings], list[Window]]] = {
+    "contiguous": plan_contiguous,
+    "sliding": plan_sliding,
+}
+
+
+class Ledger:
+    """Counts how often each target was scored, and journals the order. Position 0 has no context and is no target."""
+
+    def __init__(self, count: int) -> None:
+        self.scored = np.zeros(count, np.uint8)
+        self.journal: dict[int, str] = {}
+
+    def score(self, batch: int, windows: list[Window]) -> None:
+        """Record that these windows' targets are scored now; CheckError for a target that was scored before."""
+        for window in windows:
+            span = self.scored[window.first:window.stop + 1]
+            if window.first < 1 or span.any():
+                raise CheckError(f"targets {window.first}..{window.stop}: scored twice, or no targets")
+            span += 1
+        self.journal[batch] = ";".join(f"score {window.first} {window.stop}" for window in windows)
+
+    def close(self, world: World) -> dict[str, Any]:
+        """The `ledger` of result.json, over all ranks; CheckError unless every target was scored exactly once."""
+        counts = torch.from_numpy(self.scored.astype(np.int32)).to(world.device)
+        scored = world.add_(counts).cpu().numpy()
+        journal = {batch: text for part in world.gather(self.journal) for batch, text in part.items()}
+        if (missed := int((scored[1:] != 1).sum())) or scored[0]:
+            raise CheckError(f"{missed} of {len(scored) - 1} targets were not scored exactly once")
+        digest = hashlib.sha256("\n".join(journal[batch] for batch in sorted(journal)).encode()).hexdigest()
+        return {"targets": len(scored) - 1, "scored_once": True, "updates": 0, "journal_sha256": digest}
+
+
+class Score(NamedTuple):
+    """A finished score: summed nats, targets, their bytes, seconds, documents, and what the ledger says."""
+    nats: float
+    tokens: int
+    bytes: int
+    seconds: float
+    documents: int
+    ledger: dict[str, Any]
+
+    def entry(self) -> dict[str, Any]:
+        """The score as it stands in result.json."""
+        return {"val_loss": self.nats / self.tokens, "val_bpb": bits_per_byte(self.nats, self.bytes),
+                "tokens": self.tokens, "bytes": self.bytes, "seconds": self.seconds, "documents": self.documents}
+
+
+HEAD_ROWS = 2048
+
+
+def _score_batch(model: GPT, forward: Callable[..., Tensor], windows: list[Window], stream: Tensor, docs: Tensor | None,
+                 rows: int, length: int) -> float:
+    """Summed nats of one batch of windows, in float64. Short rows and absent rows are padded behind the last token,
+    where causality keeps them from mattering."""
+    tokens = stream.new_zeros(rows, length)
+    owners = None if docs is None else docs.new_full((rows, length), -1)
+    places, targets = [], []
+    for row, window in enumerate(windows):
+        size = window.stop - window.start
+        tokens[row, :size] = stream[window.start:window.stop]
+        if owners is not None:
+            owners[row, :size] = docs[window.start:window.stop]
+        first = window.first - 1 - window.start
+        places.append(torch.arange(row * length + first, row * length + size, device=stream.device))
+        targets.append(stream[window.first:window.stop + 1])
+    hidden = forward(tokens, owners).flatten(0, 1)[torch.cat(places)]  # (S, D)
+    wanted = torch.cat(targets)
+    nats = 0.0
+    for start in range(0, len(wanted), HEAD_ROWS):
+        logits = model.logits(hidden[start:start + HEAD_ROWS])
+        losses = F.cross_entropy(logits, wanted[start:start + HEAD_ROWS], reduction="none")
+        nats += losses.double().sum().item()
+    return nats
+
+
+def score(kind: str, model: GPT, val: Validation, config: Config, world: World, clock: Callable[[], float],
+          phase: int = -1) -> Score:
+    """Score the whole validation split with the evaluator `kind`. The sum does not depend on the number of ranks: batch
+    i goes to rank i mod size, whole, and the batches' sums are added in their order."""
+    began = clock()
+    settings, count = config.eval, len(val.tokens)
+    windows = EVALUATORS[kind](count, settings)
+    rows = max(1, settings.eval_batch_tokens // settings.eval_seq_len)
+    stream = torch.from_numpy(val.tokens).to(world.device)
+    docs = document_index(stream) if config.data.doc_isolation else None
+    forward = make_forward(model, phase % len(model.phases))
+    ledger, sums = Ledger(count), {}
+    with torch.inference_mode():
+        for batch, start in enumerate(range(0, len(windows), rows)):
+            if batch % world.size == world.rank:
+                part = windows[start:start + rows]
+                sums[batch] = _score_batch(model, forward, part, stream, docs, rows, settings.eval_seq_len)
+                ledger.score(batch, part)
+    everyone = {batch: nats for part in world.gather(sums) for batch, nats in part.items()}
+    nats = sum(everyone[batch] for batch in sorted(everyone))
+    return Score(nats, count - 1, int(val.bytes.sum()), clock() - began, val.documents, ledger.close(world))
+
+
+# ==== 14 MAIN ===============================================================================================
+# The stages of a run, each reading only the run folder, and the command line. A run folder can be re-scored
+# or re-squeezed without training; a killed run continues under its old name. Exit codes: 0 done, 2 a mistake
+# in the input, 3 a failed check, 1 a fault of the program. To add a stage: write a function on Run and a row
+# in STAGES.
+
+
+class Run:
+    """One launch: configuration, ranks, log, run folder, and the growing content of result.json."""
+
+    def __init__(self, config: Config, world: World, threads: int) -> None:
+        self.config, self.world, self.threads = config, world, threads
+        name = config.run.run_id or f"{config.run.preset}_{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(config.run.runs_path) / world.same(name)
+        self.source = Path(config.run.from_) if config.run.from_ else self.folder
+        self.result: dict[str, Any] = {}
+        self.clock = time.monotonic
+        fault = ""
+        if world.first:
+            try:
+                self._open_folder()
+            except (ConfigError, OSError) as error:
+                fault = str(error) if isinstance(error, ConfigError) else user_line(error, str(self.folder))
+        if fault := world.same(fault):
+            raise ConfigError(fault)
+        self.log = Log(self.folder if world.first else None, self.clock)
+        self.kernels, self.kernel_lines = pick_kernels(config.system.kernels, world.device)
+        self.dtype = pick_dtype(config.system.compute_dtype, world.device)
+        self.dataset: Data | None = None
+
+    def _open_folder(self) -> None:
+        """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        values = {name: list(value) if isinstance(value, tuple) else value
+                  for name, value in self.config.flat().items()}
+        if path.exists() and "train" in self.config.run.stages:
+            try:
+                old = json.loads(path.read_text())["settings"]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"RUN_ID={self.folder.name}: {path} is damaged; use another RUN_ID") from None
+            changed = [f"{name}={old.get(name)} -> {value}" for name, value in values.items()
+                       if SETTINGS[name][1].metadata["scope"] != "run" and old.get(name) != value]
+            if changed:
+                raise ConfigError(f"RUN_ID={self.folder.name}: that run had other settings ({'; '.join(changed[:4])}); "
+                                  "use another RUN_ID or the same settings")
+        kept = self.folder / "result.json"
+        if kept.exists():
+            self.result = json.loads(kept.read_text())
+        elif self.source != self.folder and (self.source / "result.json").exists():
+            before = json.loads((self.source / "result.json").read_text())
+            self.result = {key: before[key] for key in ("train", "artifact") if key in before}
+        write_json(path, {"settings": values, "config_hash": self.config.digest(),
+                          "world": environment_facts(self.world, self.threads)})
+        code = self.folder / "train_gpt.py"
+        if not (code.exists() and code.samefile(__file__)):
+            write_atomic(code, Path(__file__).read_bytes())
+
+    def data(self) -> Data:
+        """The dataset, loaded and checked once."""
+        if self.dataset is None:
+            began = self.clock()
+            self.dataset = load_data(self.config.data, self.world)
+            val = self.dataset.val
+            self.log.line(f"val_loader:shards path={self.config.data.data_path} tokens:{len(val.tokens) - 1}")
+            self.log.line(f"val_tokens: {len(val.tokens) - 1} val_bytes:{val.bytes.sum()} "
+                          f"val_documents:{val.documents} tokenizer:{'lossless' if val.lossless else 'lossy'}")
+            self.log.line(f"train_shards: {len(self.dataset.train.shards)} train_tokens:{len(self.dataset.train)} "
+                          f"checked_in:{self.clock() - began:.1f}s")
+        return self.dataset
+
+    def new_model(self) -> GPT:
+        """The configured network on the device, its parameters not yet filled."""
+        model = GPT(self.config.model, self.config.data.vocab_size, self.kernels, self.dtype)
+        check_roles(model)
+        return model.to(self.world.device)
+
+    def score(self, kind: str, model: GPT, phase: int = -1) -> Score:
+        """One evaluator's score of a model."""
+        return score(kind, model, self.data().val, self.config, self.world, self.clock, phase)
+
+    def keep(self, **parts: Any) -> None:
+        """Put parts into result.json, at once."""
+        self.result |= parts
+        if self.world.first:
+            write_json(self.folder / "result.json", self.result)
+
+    def code_bytes(self) -> int:
+        """Bytes of the script that runs; that file is what counts."""
+        return Path(__file__).stat().st_size
+
+
+def stage_train(run: Run) -> None:
+    """Train, or find that training was finished; leaves checkpoint.pt."""
+    began = run.clock()
+    model = run.new_model()
+    init_weights(model, run.config.run.seed)
+
+    def score_float(phase: int) -> tuple[float, float]:
+        found = run.score("contiguous", model, phase)
+        return found.nats / found.tokens, bits_per_byte(found.nats, found.bytes)
+
+    trainer = Trainer(run.config, model, run.data(), run.world, run.log, run.folder, score_float)
+    part = trainer.run()
+    run.keep(train={**part, "strict_seconds": run.clock() - began})
+
+
+def stage_write(run: Run) -> None:
+    """Squeeze the exported weights of checkpoint.pt into artifact.bin. All ranks have the same; rank 0 writes."""
+    if not run.world.first:
+        return
+    began = run.clock()
+    settings = run.config.artifact
+    _, missing = pick_codecs(settings.codec)
+    if missing:
+        run.log.line(f"codec:auto without {', '.join(missing)} (package not installed)")
+    path = run.source / "checkpoint.pt"
+    if not path.exists():
+        raise ConfigError(f"STAGES={','.join(run.config.run.stages)}: write needs {path}, which is not there")
+    held = load_checkpoint(path)
+    if not held.finished:
+        raise ConfigError(f"STAGES={','.join(run.config.run.stages)}: the training of {path} is not finished")
+    model = run.new_model()
+    weights = held.average or held.weights
+    load_weights(model, weights, f"FROM={run.source}")
+    facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256)
+    data, routes = pack_artifact({name: p.detach() for name, p in model.named_parameters()},
+                                 {name: p.role for name, p in model.named_parameters()}, facts, settings)
+    save_artifact(run.folder / "artifact.bin", data)
+    for route in routes:
+        run.log.event("tensor", **route._asdict())
+    run.log.line(f"{'tensor':<32} {'role':<10} {'format':<6} {'codec':<7} {'weights':>10} {'bytes':>10} {'bits':>6} "
+                 "error")
+    for route in sorted(routes, key=lambda row: -row.bytes):
+        run.log.line(f"{route.name:<32} {route.role:<10} {route.format:<6} {route.codec:<7} {route.weights:>10} "
+                     f"{route.bytes:>10} {8 * route.bytes / route.weights:>6.2f} {route.error:.5f}")
+    code, total = run.code_bytes(), len(data) + run.code_bytes()
+    label = f"int{settings.matrix_bits}+{settings.codec}"
+    run.log.line(f"Serialized model {label}: {len(data)} bytes")
+    run.log.line(f"Code size: {code} bytes")
+    run.log.line(f"Total submission size {label}: {total} bytes")
+    forecast = sum(forecast_bytes(model, settings).values())
+    run.keep(artifact={"model_bytes": len(data), "code_bytes": code, "total_bytes": total,
+                       "limit_bytes": settings.target_bytes, "sha256": hashlib.sha256(data).hexdigest(),
+                       "bits_per_weight": 8 * len(data) / sum(route.weights for route in routes),
+                       "forecast_bytes": round(forecast) + code, "packed": bool(BAKED),
+                       "write_seconds": run.clock() - began})
+
+
+def _loaded(run: Run) -> GPT:
+    """The model of the artifact on disk, and nothing else."""
+    path = run.folder / "artifact.bin"
+    if run.source != run.folder and "write" not in run.config.run.stages and run.world.first and not path.exists():
+        try:
+            write_atomic(path, (run.source / "artifact.bin").read_bytes())
+        except FileNotFoundError:
+            raise ConfigError(f"FROM={run.source}: has no artifact.bin") from None
+    run.world.barrier()
+    facts, weights = load_artifact(path)
+    if facts["tokenizer_sha256"] != run.data().tokenizer_sha256:
+        raise ConfigError(f"DATA_PATH={run.config.data.data_path}: {path} was trained with another tokenizer")
+    return make_model_from(facts, weights, run.kernels, run.dtype, path).to(run.world.device)
+
+
+def stage_reload(run: Run) -> None:
+    """Read the artifact back and prove that it holds what the formats promise for the exported weights."""
+    began = run.clock()
+    model = _loaded(run)
+    seconds = run.clock() - began
+    path = run.source / "checkpoint.pt"
+    compared = "no checkpoint to compare with"
+    if run.world.first and path.exists():
+        held = load_checkpoint(path)
+        weights = held.average or held.weights
+        for name, parameter in model.named_parameters():
+            format_name, clip = pick_format(parameter.role, run.config.artifact)
+            form = FORMATS[format_name]
+            wanted = form.decode(form.encode(weights[name], form.bits, clip)).reshape(parameter.shape)
+            if not torch.equal(wanted, parameter.detach().cpu()):
+                raise CheckError(f"{name}: the reloaded artifact differs from what {format_name} makes of the weights")
+        compared = "equal to the exported weights in their formats"
+    run.log.line(f"reloaded:{run.folder / 'artifact.bin'} in {seconds:.1f}s, {compared}")
+
+
+def stage_evaluate(run: Run) -> None:
+    """Score the artifact on disk with every evaluator, then, as a diagnostic, the float weights."""
+    config, began = run.config, run.clock()
+    model = _loaded(run)
+    scores: dict[str, Any] = {}
+    ledger: dict[str, Any] = {}
+    names = {"contiguous": "roundtrip", "sliding": "sliding_window"}
+    for kind in config.eval.eval:
+        found = run.score(kind, model)
+        scores[kind], ledger = found.entry(), found.ledger
+        label = f"final_int{config.artifact.matrix_bits}_{config.artifact.codec}_{names[kind]}"
+        entry = scores[kind]
+        run.log.line(f"{label} val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f} "
+                     f"eval_time:{found.seconds * 1000:.0f}ms")
+        run.log.line(f"{label}_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}")
+        run.log.event("score", evaluator=kind, **{key: entry[key] for key in entry if key != "documents"})
+    seconds = run.clock() - began
+    path = run.folder / "checkpoint.pt"
+    if path.exists():
+        held = load_checkpoint(path)
+        load_weights(model, held.average or held.weights, f"RUN_ID={run.folder.name}: {path}")
+        scores["float"] = run.score("contiguous", model).entry()
+        run.log.line(f"diagnostic pre-quantization val_loss:{scores['float']['val_loss']:.4f} "
+                     f"val_bpb:{scores['float']['val_bpb']:.4f}")
+    run.log.line(f"ledger: targets:{ledger['targets']} scored_once:{ledger['scored_once']} updates:{ledger['updates']}")
+    run.log.line(f"total_eval_time: {seconds:.1f}s")
+    run.keep(scores=scores, ledger=ledger, eval_seconds=seconds)
+
+
+def _tool(run: Run, name: str) -> str | None:
+    """Output of tools/<name> on the run folder; None, with a line that says so, where the tool is absent or fails."""
+    path = Path(run.config.run.tools_path) / name
+    if not path.exists():
+        run.log.line(f"report: {path} is not there, so its part is missing")
+        return None
+    done = subprocess.run([sys.executable, str(path), str(run.folder)], capture_output=True, text=True)
+    if done.returncode:
+        run.log.line(f"report: {path} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        return None
+    return done.stdout
+
+
+def stage_report(run: Run) -> None:
+    """Yardsticks, budget, result.json, the picture, and the last table."""
+    if not run.world.first:
+        return
+    config = run.config
+    yardsticks = _tool(run, "yardsticks.py")
+    val = run.data().val
+    train, artifact = run.result.get("train", {}), run.result.get("artifact", {})
+    strict = train.get("strict_seconds", 0.0) + artifact.get("write_seconds", 0.0)
+    evaluation = run.result.get("eval_seconds", 0.0)
+    limits = (config.train.max_wallclock_seconds, config.eval.eval_budget_seconds)
+    spent = (train.get("seconds", 0.0), evaluation)
+    ok = all(not limit or seconds <= limit for seconds, limit in zip(spent, limits, strict=True))
+    manifest = run.data().manifest
+    run.keep(preset=config.run.preset, overlay=config.run.overlay, seed=config.run.seed, config_hash=config.digest(),
+             source_sha256=sha256_file(run.folder / "train_gpt.py"), commit=_commit(),
+             environment=environment_facts(run.world, run.threads),
+             data={"path": config.data.data_path, "manifest_sha256": run.data().manifest_sha256,
+                   "tokenizer_sha256": run.data().tokenizer_sha256, "lossless": val.lossless,
+                   "val_documents": val.documents, "val_tokens": len(val.tokens) - 1,
+                   "val_bytes": int(val.bytes.sum()), "val_document_bytes": manifest["val"].get("bytes"),
+                   "train_tokens": len(run.data().train)},
+             declared={"doc_isolation": config.data.doc_isolation, "packed": bool(BAKED)},
+             yardsticks={name: value for name, value in json.loads(yardsticks).items()
+                         if name in ("gzip", "zstd", "xz")} if yardsticks else {},
+             budget={"train_seconds": train.get("seconds", 0.0), "strict_train_seconds": strict,
+                     "eval_seconds": evaluation, "ok": ok})
+    picture = _tool(run, "plot.py")
+    for line in final_table(run.result, config):
+        run.log.line(line)
+    run.log.line(f"run folder: {run.folder}")
+    if picture is not None:
+        run.log.line(f"picture: {run.folder / 'curve.png'}")
+    over = artifact.get("total_bytes", 0) - config.artifact.target_bytes
+    if over > 0:
+        raise CheckError(f"TARGET_BYTES={config.artifact.target_bytes}: code plus model are {over} bytes over it")
+    if not ok:
+        raise CheckError(f"budget: training {train.get('seconds', 0.0):.1f} s of {limits[0]:g}, evaluation "
+                         f"{evaluation:.1f} s of {limits[1]:g}")
+
+
+def _commit() -> str:
+    """The commit the script came from: the packed file names it in its first line, else the checkout is asked."""
+    with open(__file__, encoding="latin-1") as file:
+        found = re.search(r"commit ([0-9a-f]{7,64}(?:,? with local changes|\+)?)", file.readline()) if BAKED else None
+    return found[1] if found else "unknown" if BAKED else git_commit(Path(__file__).parent)
+
+
+def final_table(result: dict[str, Any], config: Config) -> list[str]:
+    """The last lines of a run: scores beside yardsticks, bytes against the cap, seconds against the budgets."""
+    rows = [("", "nats/token", "bits/byte", "seconds")]
+    for name, entry in result.get("scores", {}).items():
+        what = "float weights" if name == "float" else f"artifact, {name}"
+        rows.append((what, f"{entry['val_loss']:.4f}", f"{entry['val_bpb']:.4f}", f"{entry['seconds']:.1f}"))
+    for name, value in result.get("yardsticks", {}).items():
+        rows.append((f"{name} on the same bytes", "", f"{value:.4f}", ""))
+    lines = ["", *(f"{a:<28}{b:>12}{c:>12}{d:>10}" for a, b, c, d in rows)]
+    artifact, budget = result.get("artifact"), result["budget"]
+    if artifact:
+        left = artifact["limit_bytes"] - artifact["total_bytes"]
+        lines.append(f"bytes: model {artifact['model_bytes']:,} + code {artifact['code_bytes']:,} = "
+                     f"{artifact['total_bytes']:,} of {artifact['limit_bytes']:,} "
+                     f"({abs(left):,} {'under' if left >= 0 else 'OVER'})")
+    limit = config.train.max_wallclock_seconds
+    lines.append(f"seconds: training {budget['train_seconds']:.1f} of {f'{limit:g}' if limit else 'no limit'} "
+                 f"({budget['strict_train_seconds']:.1f} with warm-up and writing), evaluation "
+                 f"{budget['eval_seconds']:.1f} of {config.eval.eval_budget_seconds:g}: "
+                 f"{'within budget' if budget['ok'] else 'OVER BUDGET'}")
+    return lines
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "train": stage_train, "write": stage_write, "reload": stage_reload, "evaluate": stage_evaluate,
+    "report": stage_report}
+
+
+def plan_report(config: Config, code_bytes: int) -> str:
+    """--plan: layer plan, parameters by role, predicted bytes, training FLOPs. No data, no GPU, no weights."""
+    kernels, _ = pick_kernels("reference", torch.device("cpu"))
+    with torch.device("meta"):
+        model = GPT(config.model, config.data.vocab_size, kernels, torch.float32)
+    check_roles(model)
+    roles, forecast = count_roles(model), forecast_bytes(model, config.artifact)
+    total = sum(forecast.values()) + code_bytes
+    lines = [f"preset {config.run.preset}, overlay {config.run.overlay or 'none'}", plan_text(config.model), "",
+             f"{'role':<12}{'parameters':>14}{'format':>8}{'forecast bytes':>16}"]
+    for role, count in roles.items():
+        lines.append(f"{role:<12}{count:>14,}{pick_format(role, config.artifact)[0]:>8}{round(forecast[role]):>16,}")
+    lines += [f"{'container':<12}{'':>14}{'':>8}{round(forecast['container']):>16,}",
+              f"{'code':<12}{'':>14}{'':>8}{code_bytes:>16,}",
+              f"{'total':<12}{sum(roles.values()):>14,}{'':>8}{round(total):>16,}  "
+              f"of {config.artifact.target_bytes:,}", ""]
+    for phase in plan_layers(config.model):
+        flops = 3 * forward_flops(config.model, config.data.vocab_size, phase, config.train.train_seq_len)
+        step = flops * config.train.train_batch_tokens
+        lines.append(f"from {phase.start:.0%}: {flops / 1e6:,.1f} MFLOPs a token trained, "
+                     f"{step / 1e12:,.2f} TFLOPs a step, "
+                     f"{step * config.train.iterations / 1e15:,.1f} PFLOPs in {config.train.iterations} steps")
+    return "\n".join(lines)
+
+
+def load_packer(tools_path: str) -> Any:
+    """The module tools/pack.py; ConfigError where it is absent."""
+    path = Path(tools_path) / "pack.py"
+    if not path.exists():
+        raise ConfigError(f"PACK=1: needs {path}, which is not there; TOOLS_PATH names its folder, PACK=0 runs the "
+                          "readable file and records it")
+    spec = importlib.util.spec_from_file_location("sixteen_pack", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def pack_self(config: Config) -> bytes:
+    """The packed form of this readable file for a configuration."""
+    source = Path(__file__).read_bytes()
+    packer = load_packer(config.run.tools_path)
+    return packer.pack_source(source.decode(), config.baked(),
+                              packer.provenance_line(source, Path(__file__).resolve().parent))
+
+
+def run_packed(config: Config, words: list[str]) -> None:
+    """Replace this process by the packed file, in its place under torchrun. The file's name is its content's hash, so
+    every rank may write it."""
+    data = pack_self(config)
+    path = Path(config.run.runs_path) / "packed" / hashlib.sha256(data).hexdigest()[:16] / "train_gpt.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(path), *words])
+
+
+def run_stages(config: Config, env: Mapping[str, str]) -> None:
+    """Walk the stages of one launch on this rank."""
+    world = make_world(env)
+    threads = set_threads(config.system.threads, int(env.get("LOCAL_WORLD_SIZE", world.size)))
+    run = Run(config, world, threads)
+    try:
+        line = run.log.line
+        line(f"run_id:{run.folder.name} preset:{config.run.preset} overlay:{config.run.overlay or 'none'} "
+             f"seed:{config.run.seed} config:{config.digest()[:16]} commit:{_commit()} packed:{int(bool(BAKED))}")
+        line("settings that differ from their defaults:\n" + differences_text(config))
+        line(plan_text(config.model))
+        line(f"world_size:{world.size} device:{world.device} threads:{threads} dtype:{str(run.dtype)[6:]} "
+             f"torch:{torch.__version__}")
+        for text in run.kernel_lines:
+            line(text)
+        if not config.data.doc_isolation:
+            line("declared mode: DOC_ISOLATION=0, tokens attend to earlier documents as in the published baseline")
+        for stage in config.run.stages:
+            STAGES[stage](run)
+            world.barrier()
+    finally:
+        run.log.close()
+        if world.size > 1:
+            dist.destroy_process_group()
+
+
+def user_line(error: OSError, where: str) -> str:
+    """One line for a disk that is full or a folder that cannot be written."""
+    return f"RUNS_PATH: {error.filename or where}: {error.strerror or error}; free space or choose another RUNS_PATH"
+
+
+USER_ERRNOS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
+
+
+def main(argv: list[str], env: Mapping[str, str]) -> int:
+    """The command line; returns the exit code."""
+    first = env.get("RANK", "0") == "0"
+
+    def refuse(error: object, code: int) -> int:
+        if first or code == 1:
+            print(error, file=sys.stderr)
+        return code
+
+    words = [word for word in argv if not word.startswith("-")]
+    flags = [word for word in argv if word.startswith("-")]
+    if any(flag not in ("--help", "--presets", "--plan") for flag in flags):
+        return refuse(f"{flags[0]}: unknown; --help, --presets and --plan are known, all else is NAME=value", 2)
+    if "--help" in flags or "--presets" in flags:
+        print(help_text() if "--help" in flags else presets_text())
+        return 0
+    try:
+        config = load_config(words, env)
+        if "--plan" in flags:
+            code = Path(__file__).stat().st_size if BAKED or not config.run.pack else len(pack_self(config))
+            print(plan_report(config, code))
+            return 0
+        if config.run.pack and not BAKED:
+            run_packed(config, words)
+        run_stages(config, env)
+        return 0
+    except ConfigError as error:
+        return refuse(error, 2)
+    except CheckError as error:
+        return refuse(error, 3)
+    except torch.OutOfMemoryError as error:
+        return refuse(f"MICRO_BATCH_TOKENS={config.train.micro_batch_tokens}: the device ran out of memory "
+                      f"({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS, EVAL_BATCH_TOKENS or MODEL_DIM", 2)
+    except MemoryError:
+        return refuse("MICRO_BATCH_TOKENS: the machine ran out of memory; lower MICRO_BATCH_TOKENS or MODEL_DIM", 2)
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        return refuse(user_line(error, config.run.runs_path), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
