@@ -162,6 +162,8 @@ case $task in
     script=train_gpt.py
     if ((PACK)); then script=$("$PY" tools/pack.py "$@"); fi
     count_processes
+    # Threads that wait must sleep: spinning takes the core from the one they wait for wherever something else runs.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     if ((NNODES * NPROC == 1)); then exec "$PY" "$script" "$@"; fi
     nodes=(--standalone)
     if ((NNODES > 1)); then

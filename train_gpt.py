@@ -99,9 +99,13 @@ def group(cls: type) -> type:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
+GROUP_TEXTS = {"run": "what is run, and where its results go", "data": "tokens", "model": "the network",
+               "optim": "optimizers and schedules", "train": "the loop", "artifact": "the squeeze", "eval": "the score",
+               "system": "the machine"}
+
+
 @group
 class RunSettings:
-    """what is run, and where its results go"""
     preset: str = setting("sixteen", "which system: a row of --presets")
     overlay: str = setting("auto", "circumstances: auto (tiny without a GPU), tiny, one_gpu, or empty for none")
     run_id: str = setting("", "name of the run folder; empty makes one from preset and time; an old name resumes",
@@ -119,7 +123,6 @@ class RunSettings:
 
 @group
 class DataSettings:
-    """tokens"""
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the shards", scope="place")
     tokenizer_path: str = setting("", "SentencePiece model; empty takes the one the manifest names", scope="place")
     vocab_size: int = setting(1024, "must equal the tokenizer's", unit="tokens", low=16, high=65536)
@@ -129,7 +132,6 @@ class DataSettings:
 
 @group
 class ModelSettings:
-    """the network"""
     stack: str = setting("A9", "the blocks and the order of their visits, for example A3 (A3)*3@0.35 A5")
     model_dim: int = setting(512, "width of the residual stream", unit="channels", low=8)
     num_heads: int = setting(8, "query heads", low=1)
@@ -150,7 +152,6 @@ class ModelSettings:
 
 @group
 class OptimSettings:
-    """optimizers and schedules"""
     matrix_lr: float = setting(0.04, "Muon's rate", low=0.0)
     tied_embed_lr: float = setting(0.05, "AdamW's rate for the embedding", low=0.0)
     scalar_lr: float = setting(0.04, "AdamW's rate for gains and gates", low=0.0)
@@ -177,7 +178,6 @@ class OptimSettings:
 
 @group
 class TrainSettings:
-    """the loop"""
     iterations: int = setting(20000, "steps at most", unit="steps", low=1)
     max_wallclock_seconds: float = setting(600.0, "budget of the training loop; 0 is none", unit="seconds", low=0.0)
     reserve_seconds: float = setting(0.5, "left unused at the end of the budget", unit="seconds", low=0.0)
@@ -197,7 +197,6 @@ class TrainSettings:
 
 @group
 class ArtifactSettings:
-    """the squeeze"""
     matrix_bits: int = setting(8, "bits of a matrix weight on the grid", unit="bits", low=2, high=8)
     embed_bits: int = setting(8, "bits of an embedding weight on the grid", unit="bits", low=2, high=8)
     matrix_clip_sigmas: float = setting(0.0, "grid ends at this many row deviations; 0 uses CLIP_QUANTILE", low=0.0)
@@ -210,7 +209,6 @@ class ArtifactSettings:
 
 @group
 class EvalSettings:
-    """the score"""
     eval: tuple[str, ...] = setting(("contiguous", "sliding"), "evaluators of the artifact",
                                     choices=("contiguous", "sliding"))
     eval_seq_len: int = setting(1024, "window of the evaluators", unit="tokens", low=2)
@@ -221,7 +219,6 @@ class EvalSettings:
 
 @group
 class SystemSettings:
-    """the machine"""
     compile: str = setting("auto", "torch.compile: auto, 0 or 1", choices=("auto", "0", "1"))
     compute_dtype: str = setting("auto", "dtype of activations and products: auto is bfloat16 where the unit has it",
                                  choices=("auto", "float32", "bfloat16"))
@@ -322,11 +319,12 @@ def parse_value(name: str, value: Any) -> Any:
 RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model.model_dim % c.model.num_heads == 0,
      "NUM_HEADS={model.num_heads}: must divide MODEL_DIM={model.model_dim}"),
-    (lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
+    (lambda c: c.model.model_dim % c.model.num_heads or c.model.num_heads % c.model.num_kv_heads == 0,
      "NUM_KV_HEADS={model.num_kv_heads}: must divide NUM_HEADS={model.num_heads}"),
     (lambda c: c.model.model_dim % c.model.num_heads or (c.model.model_dim // c.model.num_heads) % 2 == 0,
      "NUM_HEADS={model.num_heads}: MODEL_DIM={model.model_dim} over it must be even, rotary embedding turns pairs"),
-    (lambda c: c.model.rope_dims % 2 == 0 and c.model.rope_dims <= c.model.model_dim // c.model.num_heads,
+    (lambda c: c.model.model_dim % c.model.num_heads or (
+        c.model.rope_dims % 2 == 0 and c.model.rope_dims <= c.model.model_dim // c.model.num_heads),
      "ROPE_DIMS={model.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS"),
     (lambda c: c.train.micro_batch_tokens % c.train.train_seq_len == 0,
      "MICRO_BATCH_TOKENS={train.micro_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={train.train_seq_len}"),
@@ -355,7 +353,7 @@ def help_text() -> str:
              "Settings are environment variables or words; words win. Exit codes: 0 done, 2 a mistake in the input,",
              "3 a failed check (size, budget, divergence), 1 a fault of the program.", ""]
     for owner, cls in GROUPS.items():
-        lines.append(f"{owner.upper()}: {cls.__doc__}")
+        lines.append(f"{owner.upper()}: {GROUP_TEXTS[owner]}")
         for field in dataclasses.fields(cls):
             meta = field.metadata
             default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
@@ -1106,18 +1104,19 @@ def mean_nats_reference(hidden: Tensor, embedding: Tensor, targets: Tensor, soft
     return F.cross_entropy(logits, targets)
 
 
+CHUNK_ROWS = 512
+
+
 class _ChunkedNats(torch.autograd.Function):
     """Value and gradient in one pass over rows small enough for the cache; logits (N, V) never exist as a whole."""
-
-    ROWS = 512
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: float) -> Tensor:
         count, weight = hidden.shape[0], embedding.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(embedding)
-        for start in range(0, count, _ChunkedNats.ROWS):
-            rows = slice(start, start + _ChunkedNats.ROWS)
+        for start in range(0, count, CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
             logits = F.linear(hidden[rows], weight).float()
             bend = (logits / softcap).tanh_() if softcap else None
             chance = (bend * softcap if softcap else logits).log_softmax(-1)
@@ -1934,18 +1933,20 @@ class Trainer:
                               f"(TRAIN_BATCH_TOKENS over MICRO_BATCH_TOKENS={config.train.micro_batch_tokens})")
         self.step, self.last_loss, self.finished = 0, math.nan, False
         self.watch = Stopwatch(log.clock, 0.0)
-        self.saved_at = 0.0
+        self.saved_at = self.resumed_at = 0.0
+        self.slowest = 0.0
         self.coverage = Coverage(model)
         self.losses: list[Callable[..., Tensor]] = []
         self.board: Any = None
 
     # -- set-up
 
-    def resume(self) -> None:
-        """Continue from checkpoint.pt when there is one; under a wall clock the seconds after it count as spent."""
+    def resume(self) -> bool:
+        """Continue from checkpoint.pt when there is one; True when training was finished already. Under a wall clock
+        the seconds that were spent after the checkpoint count."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
-            return
+            return False
         held = load_checkpoint(path)
         if held.config_hash != self.config.digest():
             raise ConfigError(f"RUN_ID={self.folder.name}: {path} was made with other settings; use another RUN_ID")
@@ -1967,6 +1968,8 @@ class Trainer:
         self.log.line(f"resumed:{path} step:{self.step} train_time:{self.watch.spent * 1000:.0f}ms"
                       + (" (training was finished)" if held.finished else ""))
         self.log.event("resume", step=self.step, train_seconds=self.watch.spent)
+        self.resumed_at = self.watch.spent
+        return self.finished
 
     def _logged_seconds(self) -> float:
         """The last training second that events.jsonl knows of."""
@@ -2009,7 +2012,7 @@ class Trainer:
         frac, left = self.step / settings.iterations, float(settings.iterations - self.step)
         budget = settings.max_wallclock_seconds - settings.reserve_seconds
         if settings.max_wallclock_seconds:
-            seconds = self.world.same(self.watch.seconds())
+            seconds, self.slowest = self.world.same((self.watch.seconds(), self.slowest))
             frac = max(frac, min(1.0, seconds / budget))
             if self.step:
                 left = min(left, max(0.0, budget - seconds) / max(seconds / self.step, 1e-9))
@@ -2038,6 +2041,7 @@ class Trainer:
 
     def one_step(self, progress: Progress) -> None:
         """Gradients, update, average, log."""
+        before = self.watch.seconds()
         phase = phase_at(self.model.phases, progress.frac)
         loss, norm = self.gradients(phase)
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -2051,6 +2055,7 @@ class Trainer:
         self.average.update()
         self.step, self.last_loss = self.step + 1, loss
         seconds = self.watch.seconds()
+        self.slowest = max(seconds - before, 0.95 * self.slowest)
         tokens = self.step * self.config.train.train_batch_tokens
         self.log.event("step", step=self.step, train_loss=loss, lr_factor=factor, train_seconds=seconds, tokens=tokens,
                        grad_norm=norm)
@@ -2089,16 +2094,15 @@ class Trainer:
         self.saved_at = self.watch.seconds()
 
     def must_stop(self, progress: Progress) -> bool:
-        """True when the steps are done, or one more step would not fit the budget."""
+        """True when the steps are done, or one more step as slow as the slowest of late would not fit the budget."""
         settings = self.config.train
-        if self.step >= settings.iterations:
+        if self.step >= settings.iterations or progress.frac >= 1:
             return True
-        return bool(settings.max_wallclock_seconds) and (progress.frac >= 1 or (self.step > 0
-                                                                              and progress.steps_left < 1))
+        left = (1 - progress.frac) * (settings.max_wallclock_seconds - settings.reserve_seconds)
+        return bool(settings.max_wallclock_seconds) and left < self.slowest
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the `train` part of result.json."""
-        self.resume()
         if not self.finished:
             self.warm_up()
             self._open_bar_and_board()
@@ -2732,8 +2736,10 @@ def stage_train(run: Run) -> None:
         return found.nats / found.tokens, bits_per_byte(found.nats, found.bytes)
 
     trainer = Trainer(run.config, model, run.data(), run.world, run.log, run.folder, score_float)
+    finished_before = trainer.resume()
     part = trainer.run()
-    run.keep(train={**part, "strict_seconds": run.clock() - began})
+    earlier = run.result.get("train", {}).get("strict_seconds", 0.0)
+    run.keep(train={**part, "strict_seconds": earlier if finished_before else run.clock() - began + trainer.resumed_at})
 
 
 def stage_write(run: Run) -> None:
@@ -2870,7 +2876,7 @@ def stage_report(run: Run) -> None:
     ok = all(not limit or seconds <= limit for seconds, limit in zip(spent, limits, strict=True))
     manifest = run.data().manifest
     run.keep(preset=config.run.preset, overlay=config.run.overlay, seed=config.run.seed, config_hash=config.digest(),
-             source_sha256=sha256_file(run.folder / "train_gpt.py"), commit=_commit(),
+             code_sha256=sha256_file(run.folder / "train_gpt.py"), **provenance(),
              environment=environment_facts(run.world, run.threads),
              data={"path": config.data.data_path, "manifest_sha256": run.data().manifest_sha256,
                    "tokenizer_sha256": run.data().tokenizer_sha256, "lossless": val.lossless,
@@ -2896,11 +2902,15 @@ def stage_report(run: Run) -> None:
                          f"{evaluation:.1f} s of {limits[1]:g}")
 
 
-def _commit() -> str:
-    """The commit the script came from: the packed file names it in its first line, else the checkout is asked."""
+def provenance() -> dict[str, str]:
+    """Hash and commit of the readable source: from the packed file's first line, or from the file and its checkout."""
+    if not BAKED:
+        return {"source_sha256": sha256_file(__file__), "commit": git_commit(Path(__file__).parent)}
     with open(__file__, encoding="latin-1") as file:
-        found = re.search(r"commit ([0-9a-f]{7,64}(?:,? with local changes|\+)?)", file.readline()) if BAKED else None
-    return found[1] if found else "unknown" if BAKED else git_commit(Path(__file__).parent)
+        line = file.readline()
+    source, commit = re.search(r"source sha256 (\w+)", line), re.search(r"commit (\w+)( with local changes)?", line)
+    return {"source_sha256": source[1] if source else "unknown",
+            "commit": commit[1] + ("+" if commit[2] else "") if commit else "unknown"}
 
 
 def final_table(result: dict[str, Any], config: Config) -> list[str]:
@@ -2977,15 +2987,16 @@ def pack_self(config: Config) -> bytes:
                               packer.provenance_line(source, Path(__file__).resolve().parent))
 
 
-def run_packed(config: Config, words: list[str]) -> None:
+def run_packed(config: Config, words: list[str], env: Mapping[str, str]) -> None:
     """Replace this process by the packed file, in its place under torchrun. The file's name is its content's hash, so
-    every rank may write it."""
+    every rank may write it. CPU threads that wait do so asleep: spinning takes the core from the one they wait for
+    wherever something else runs (12 times slower beside one busy process on two cores, 15 % faster alone)."""
     data = pack_self(config)
     path = Path(config.run.runs_path) / "packed" / hashlib.sha256(data).hexdigest()[:16] / "train_gpt.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(path), *words])
+    os.execve(sys.executable, [sys.executable, str(path), *words], {"OMP_WAIT_POLICY": "PASSIVE", **env})
 
 
 def run_stages(config: Config, env: Mapping[str, str]) -> None:
@@ -2996,7 +3007,8 @@ def run_stages(config: Config, env: Mapping[str, str]) -> None:
     try:
         line = run.log.line
         line(f"run_id:{run.folder.name} preset:{config.run.preset} overlay:{config.run.overlay or 'none'} "
-             f"seed:{config.run.seed} config:{config.digest()[:16]} commit:{_commit()} packed:{int(bool(BAKED))}")
+             f"seed:{config.run.seed} config:{config.digest()[:16]} commit:{provenance()['commit']} "
+             f"packed:{int(bool(BAKED))}")
         line("settings that differ from their defaults:\n" + differences_text(config))
         line(plan_text(config.model))
         line(f"world_size:{world.size} device:{world.device} threads:{threads} dtype:{str(run.dtype)[6:]} "
@@ -3022,6 +3034,14 @@ def user_line(error: OSError, where: str) -> str:
 USER_ERRNOS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
 
 
+def show(text: str) -> None:
+    """Print to standard output; a reader that has seen enough (`| head`) is no fault."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """The command line; returns the exit code."""
     first = env.get("RANK", "0") == "0"
@@ -3036,16 +3056,16 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     if any(flag not in ("--help", "--presets", "--plan") for flag in flags):
         return refuse(f"{flags[0]}: unknown; --help, --presets and --plan are known, all else is NAME=value", 2)
     if "--help" in flags or "--presets" in flags:
-        print(help_text() if "--help" in flags else presets_text())
+        show(help_text() if "--help" in flags else presets_text())
         return 0
     try:
         config = load_config(words, env)
         if "--plan" in flags:
             code = Path(__file__).stat().st_size if BAKED or not config.run.pack else len(pack_self(config))
-            print(plan_report(config, code))
+            show(plan_report(config, code))
             return 0
         if config.run.pack and not BAKED:
-            run_packed(config, words)
+            run_packed(config, words, env)
         run_stages(config, env)
         return 0
     except ConfigError as error:

@@ -7,9 +7,9 @@
     python data/prepare.py ensure NAME=value...       whatever the next training run needs (run.sh calls this)
 
 Nothing here is counted in an artifact. The shard format, the layout and the manifest are described in
-data/README.md. Bytes per token come from train_gpt.make_byte_counter, the only place that knows them. A manifest
-is written last and folders are renamed into place, so a dataset that has one is complete. A user's mistake is one
-line on stderr and exit code 2.
+data/README.md. Bytes per token come from train_gpt.make_byte_counter, the only place that knows them. The
+manifest is written last and folders are renamed into place, so a dataset that has one is complete. A user's
+mistake is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ TOKENIZER_SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 # What a tokenizer must give back to be called lossless where no text is at hand to try it on.
-LOSSLESS_PROBES = ("a", " a", "a  b ", "\n\n \n", "\r\n\t\0", "Ａ①ﬁ", "e\u0301\xe9", "\u200b\xa0", "x\u2581y")
+LOSSLESS_PROBES = (" a", "a  b ", "\n\n \n", "\r\n\t\0", "Ａ①ﬁ", "e\u0301\xe9", "\u200b\xa0", "x\u2581y")
 
 
 FINEWEB_LICENSE = "FineWeb (HuggingFaceFW/fineweb), ODC-By 1.0; the web pages' own terms apply to their text"
@@ -228,10 +228,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, settings: str, keep: 
     except RuntimeError as error:
         if "required_chars" not in str(error):
             raise DataError(f"--vocab-size={vocab_size}: SentencePiece: {first_line(error)}") from None
-        # a script of thousands of characters: half of the pieces are for the frequent ones, the rest go to bytes
+        # a script of thousands of characters: half of the pieces are for frequent ones, the rest go to bytes
         room = (vocab_size - 260) // 2
         if settings == "challenge" or room < 16:
-            raise DataError(f"--vocab-size={vocab_size}: too small for 260 fixed and this text's characters") from None
+            raise DataError(f"--vocab-size={vocab_size}: too small for this text's characters") from None
         model = train_pieces(keep_frequent(lines, room), vocab_size, settings, 1.0)
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     if sp.vocab_size() < vocab_size:
@@ -370,7 +370,7 @@ class DocumentHashes:
 def disjoint_facts(method: str, train: DocumentHashes, val: DocumentHashes) -> dict[str, object]:
     """The manifest's proof that no validation document is in the training shards; `common` counts those.
 
-    A split's digest is the sha256 over its sorted document hashes: the same for the same documents in any order.
+    A split's digest is the sha256 over its sorted document hashes: the same for the documents in any order.
     """
     train_sorted, val_sorted = train.sorted(), val.sorted()
     different = np.unique(val_sorted)
@@ -1108,8 +1108,7 @@ def describe_shards(
     target: Path,
     train_shards: int | None = None,
 ) -> dict[str, object]:
-    """The manifest of shards in `folder` that are or will be the dataset `target`; each shard is read once or
-    twice.
+    """The manifest of shards in `folder` that are or will be the dataset `target`.
 
     Without raw text the byte rule follows from what is there: sidecars, else whether the tokenizer is
     lossless; and the proof that the splits are disjoint rests on the documents' tokens.
@@ -1197,11 +1196,12 @@ class Remote:
     prefix: str
     endpoint: str | None
 
-    def fetch(self, name: str, path: Path, label: str) -> None:
+    def fetch(self, name: str, path: Path, label: str, patient: bool = True) -> None:
         """Downloads the file `name` of the repository to `path`, unless a verified copy lies there.
 
         A download that was cut off goes on where it stopped. The file takes its own name only when its size
-        and, where the hub states one, its checksum are right. Raises DataError with the reason otherwise.
+        and, where the hub states one, its checksum are right. Raises DataError with the reason otherwise;
+        without `patient` at once where the hub does not answer.
         """
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
@@ -1214,7 +1214,7 @@ class Remote:
         # the base classes of the hub's own error are OSError and its HTTP library's, which versions differ in
         errors = (OSError, ValueError, *HfHubHTTPError.__bases__)
         try:
-            facts = get_hf_file_metadata(url, endpoint=self.endpoint, retry_on_errors=True)
+            facts = get_hf_file_metadata(url, endpoint=self.endpoint, retry_on_errors=patient)
         except errors as error:
             raise DataError(f"{place}: {first_line(error)}") from None
         if not facts.size or not facts.etag:
@@ -1229,10 +1229,11 @@ class Remote:
             raise DataError(f"{path.parent}: disk too full for {name} ({facts.size:,} bytes)")
         # headers with a login go to the hub itself only, never to the address it may hand the download to
         headers = build_hf_headers()
-        for resumed in (part.is_file() and part.stat().st_size > 0, False):
-            size = part.stat().st_size if resumed else 0
+        there = part.stat().st_size if part.is_file() else 0
+        # a part that turns out to be damaged is fetched once more from its beginning
+        for size in (there, 0) if 0 < there <= facts.size else (0,):
             try:
-                with part.open("r+b" if resumed else "wb") as file:
+                with part.open("r+b" if size else "wb") as file:
                     file.seek(size)
                     http_get(
                         url,
@@ -1243,14 +1244,10 @@ class Remote:
                         displayed_filename=label,
                     )
             except errors as error:
-                if not resumed:
-                    raise DataError(f"{place}: {first_line(error)}; run the command again to go on") from None
-                continue
+                raise DataError(f"{place}: {first_line(error)}; run the command again to go on") from None
             if file_matches(part, facts.size, facts.etag):
                 part.replace(path)
                 return
-            if not resumed:
-                break
         part.unlink()
         raise DataError(f"{place}: what came does not have the checksum that the hub states ({facts.etag})")
 
@@ -1286,6 +1283,11 @@ def pick_variant(name: str) -> tuple[str, str]:
     return DEFAULT_REPO, f"fineweb10B_{name}"
 
 
+def published_tokenizer(variant: str) -> str:
+    """The file name of a variant's tokenizer: fineweb_8192_bpe_x.model for sp8192_x."""
+    return re.sub(r"^sp([0-9]+)(.*)$", r"fineweb_\1_bpe\2.model", variant)
+
+
 def prepare_fineweb(
     target: Path, variant: str, train_shards: int, created_by: str, env: Mapping[str, str]
 ) -> None:
@@ -1311,7 +1313,7 @@ def prepare_fineweb(
         folder = target if target.exists() else target.with_name(f".{target.name}.partial")
         folder.mkdir(parents=True, exist_ok=True)
         listing = folder / ".remote_manifest.json"
-        remote.fetch("manifest.json", listing, "manifest.json")
+        remote.fetch("manifest.json", listing, "manifest.json", patient=False)
         files_train, files_val, sidecars, model = read_listing(listing, name, f"{remote.repo}: manifest.json")
         if train_shards > files_train:
             raise DataError(f"--train-shards={train_shards}: {remote.repo} has {files_train} of {name}")
@@ -1369,7 +1371,7 @@ def ensure(words: Sequence[str], created_by: str, env: Mapping[str, str]) -> Non
         prepare_wikitext2(target, int(match[1]), created_by, env)
     elif name.startswith("fineweb10B_"):
         variant = name.removeprefix("fineweb10B_")
-        model = data_folder(target) / "tokenizers" / f"fineweb_{variant.removeprefix('sp')}_bpe.model"
+        model = data_folder(target) / "tokenizers" / published_tokenizer(variant)
         if model.is_file() and target.is_dir() and find_shards(target, "fineweb_train"):
             say(f"{name}: the shards are there, the manifest is not; writing it")
             adopt_shards(target, model, created_by)
@@ -1377,13 +1379,13 @@ def ensure(words: Sequence[str], created_by: str, env: Mapping[str, str]) -> Non
             prepare_fineweb(target, variant, DEFAULT_TRAIN_SHARDS, created_by, env)
     elif target.is_dir():
         raise DataError(
-            f"DATA_PATH={target}: no manifest.json; for shards that are there already: "
+            f"DATA_PATH={target}: manifest.json or its tokenizer is missing; for shards that are there: "
             f"python data/prepare.py manifest {shlex.quote(str(target))} --tokenizer MODEL"
         )
     else:
         own, _, vocab_size = name.rpartition("_sp")
         make = f"--name {own} --vocab-size {vocab_size}" if own and vocab_size.isdigit() else "--name NAME"
-        raise DataError(f"DATA_PATH={target}: not there; make it: python data/prepare.py text INPUT... {make}")
+        raise DataError(f"DATA_PATH={target}: absent; python data/prepare.py text INPUT... {make} makes it")
 
 
 # Commands

@@ -133,7 +133,7 @@ def smooth(curve: Curve) -> Curve:
 
 def tensor_kind(name: str, role: str) -> str:
     """Returns what a tensor is, whatever its block: `blocks.3.attention.q.weight` -> `q`."""
-    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "blocks", "block")]
+    parts = [part for part in name.split(".") if not re.fullmatch(r"[\d_]+|weight|blocks", part)]
     kind = re.sub(r"[_\d]+$", "", parts[-1]) if parts else ""
     return kind or role
 

@@ -1,0 +1,132 @@
+"""SETTINGS: parsing, bounds, rules, the STACK language."""
+
+import ast
+
+import pytest
+from conftest import ROOT, SMALL, small_config
+
+from train_gpt import RENAMED, RULES, SETTINGS, ConfigError, help_text, load_config, parse_stack, parse_value
+
+
+def fault(*words: str, env: dict | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(words, env or {}, gpus=0)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_default_survives_its_own_parser(name):
+    default = SETTINGS[name][1].default
+    assert parse_value(name, default) == default
+    assert type(parse_value(name, default)) is type(default)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_read_somewhere(name):
+    """A setting that nothing reads is a lie: some attribute access outside its declaration must name it."""
+    field = SETTINGS[name][1].name
+    reads = {node.attr for node in ast.walk(ast.parse((ROOT / "train_gpt.py").read_text()))
+             if isinstance(node, ast.Attribute)}
+    by_role = {text for node in ast.walk(ast.parse((ROOT / "train_gpt.py").read_text()))
+               if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Role"
+               for text in (getattr(arg, "value", "") for arg in node.args)}
+    looked_up = {"PRESET", "OVERLAY"}  # chosen by name while the configuration is resolved
+    assert field in reads | by_role or name in looked_up
+
+
+@pytest.mark.parametrize("words, said", [
+    (["SED=1"], "SED=1: not a setting; did you mean SEED?"),
+    (["NUM_HEADS=x"], "NUM_HEADS=x: must be a whole number"),
+    (["NUM_HEADS=0"], "NUM_HEADS=0: must be at least 1"),
+    (["MATRIX_BITS=9"], "MATRIX_BITS=9: must be at least 2 and at most 8 bits"),
+    (["MATRIX_LR=nan"], "MATRIX_LR=nan: must be at least 0"),
+    (["PACK=yes"], "PACK=yes: must be 0 or 1"),
+    (["CODEC=zip"], "CODEC=zip: must be one of auto"),
+    (["STAGES=train,fly"], "STAGES=train,fly: must be some of train"),
+    (["EVAL=sliding,sliding"], "EVAL=sliding,sliding: names something twice"),
+    (["PRESET=nope"], "PRESET=nope: must be one of baseline"),
+    (["OVERLAY=huge"], "OVERLAY=huge: must be auto"),
+    (["flag"], "flag: not a NAME=value word"),
+    (["NUM_LAYERS=9"], "NUM_LAYERS=9: not a setting here: write STACK"),
+    (["FROM=/nonexistent"], "FROM=/nonexistent: must be a run folder"),
+])
+def test_bad_word_is_one_clear_line(words, said):
+    assert said in fault(*words)
+    assert len(fault(*words).splitlines()) == 1
+
+
+BROKEN_RULES = [
+    ["NUM_HEADS=3"], ["NUM_KV_HEADS=3"], ["MODEL_DIM=36", "NUM_HEADS=12", "NUM_KV_HEADS=1", "ROPE_DIMS=0"],
+    ["ROPE_DIMS=64"], ["MICRO_BATCH_TOKENS=100"], ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"],
+    ["EVAL_BATCH_TOKENS=63"], ["WARMDOWN_FRAC=0.5", "WARMDOWN_ITERS=5"],
+    ["MAX_WALLCLOCK_SECONDS=5", "RESERVE_SECONDS=5"], ["RUN_ID=../x"], ["STAGES=evaluate"]]
+
+
+@pytest.mark.parametrize("words, rule", list(zip(BROKEN_RULES, RULES, strict=True)))
+def test_every_rule_has_a_failing_example(words, rule):
+    names = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    settings = {**SMALL, "WARMDOWN_FRAC": "0", "WARMDOWN_ITERS": "0", **names}
+    text = fault(*(f"{name}={value}" for name, value in settings.items()))
+    assert rule[1].partition("=")[0] in text
+    small_config()  # and the same settings without the fault are fine
+
+
+def test_all_faults_are_listed_at_once():
+    assert len(fault("SED=1", "NUM_HEADS=0", "PRESET=nope").splitlines()) == 3
+
+
+def test_environment_near_miss_and_renamed_names_are_faults():
+    assert "did you mean MATRIX_LR?" in fault(env={"MATRIX_LRR": "1"})
+    assert "RESERVE_SECONDS" in fault(env={"GPTQ_RESERVE_SECONDS": "1"})
+    pod = dict.fromkeys(("PATH", "HOME", "LANG", "SHELL", "PWD", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RANK",
+                         "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NCCL_DEBUG", "LD_LIBRARY_PATH",
+                         "TORCHELASTIC_RUN_ID", "GROUP_RANK", "HOSTNAME", "TERM", "PYTHONPATH",
+                         "VIRTUAL_ENV", "TZ", "USER", "LOGNAME", "EDITOR", "CI", "OLDPWD", "SHLVL", "NPROC"), "1")
+    load_config([], pod, gpus=0)
+
+
+def test_words_win_over_environment():
+    assert load_config(["SEED=2"], {"SEED": "1"}, gpus=0).run.seed == 2
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_renamed_names_are_not_settings(name):
+    assert name not in SETTINGS
+
+
+def test_help_lists_every_setting():
+    text = help_text()
+    assert all(f"  {name} " in text for name in SETTINGS)
+
+
+@pytest.mark.parametrize("stack, order", [
+    ("A3", [[0, 1, 2]]),
+    ("[A]2 A", [[0, 1, 2]]),
+    ("[A2]2", [[0, 1, 2, 3]]),
+    ("(A)*3", [[0, 0, 0]]),
+    ("A (A2)*2 A", [[0, 1, 2, 1, 2, 3]]),
+    ("A3 (A3)*3@0.35 A5", [[*range(11)], [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]]),
+    ("(A2)*2@0.5*3@0.65", [[0, 1], [0, 1, 0, 1], [0, 1, 0, 1, 0, 1]]),
+    ("[(A)*2]2", [[0, 0, 1, 1]]),
+])
+def test_stack_order(stack, order):
+    from train_gpt import plan_layers
+    phases = plan_layers(small_config(STACK=stack).model)
+    assert [[step.block for step in phase.steps] for phase in phases] == order
+
+
+@pytest.mark.parametrize("stack", [
+    "", "Q", "A{", "A{x=1}", "A{mlp=}", "A0", "(A)", "(A)*0", "(A)*2@1", "(A)*3@0.5*2@0.6", "(A)*2@0.5*3@0.4", "[A]",
+    "[A]0",
+    "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*1..4~2", "[A]99999"])
+def test_bad_stack_is_a_clear_fault(stack):
+    with pytest.raises(ConfigError, match="STACK="):
+        parse_stack(stack)
+
+
+def test_stack_overrides_reach_the_block():
+    from conftest import make_model
+    model = make_model(small_config(STACK="A{mlp=0} A{mlp=3,heads=4,kv=2}"))
+    assert model.blocks[0].mlp is None
+    assert model.blocks[1].mlp.up.weight.shape == (96, 32)
+    assert model.blocks[1].mixer.k.weight.shape == (16, 32)

@@ -1,0 +1,141 @@
+"""OPTIMIZERS: updates against oracles, schedules as functions, sharing of work."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import make_model, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train_gpt import (
+    MUON_BACKENDS,
+    ROLES,
+    Average,
+    Optimizer,
+    OptimSettings,
+    Phase,
+    Progress,
+    World,
+    adamw_update_,
+    momentum_at,
+    muon_update,
+    orthogonalize,
+    phase_at,
+    rate_factor,
+    share_out,
+)
+
+
+def test_adamw_equals_torchs():
+    torch.manual_seed(0)
+    settings = OptimSettings(beta1=0.8, beta2=0.97, adam_eps=1e-7)
+    ours = [torch.randn(5, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    theirs = [torch.nn.Parameter(tensor.clone()) for tensor in ours]
+    oracle = torch.optim.AdamW(theirs, lr=0.03, betas=(0.8, 0.97), eps=1e-7, weight_decay=0.1)
+    firsts, seconds = ([torch.zeros_like(tensor) for tensor in ours] for _ in range(2))
+    for step in range(1, 8):
+        grads = [torch.randn_like(tensor) for tensor in ours]
+        for parameter, grad in zip(theirs, grads, strict=True):
+            parameter.grad = grad.clone()
+        oracle.step()
+        adamw_update_(ours, grads, firsts, seconds, step, 0.03, 0.1, settings)
+        for mine, reference in zip(ours, theirs, strict=True):
+            assert torch.allclose(mine, reference.detach(), atol=1e-14)
+
+
+@pytest.mark.parametrize("backend, low, high", [("newton_schulz", 0.6, 1.25), ("polar_express", 0.85, 1.15)])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (1, 40, 8)])
+def test_orthogonalised_singular_values_are_near_one(backend, low, high, shape):
+    torch.manual_seed(1)
+    out = orthogonalize(torch.randn(shape), backend, 5, torch.float32)
+    values = torch.linalg.svdvals(out)
+    # A square Gaussian matrix has some values near zero, which five iterations cannot lift.
+    assert out.shape == shape and values.max() < high and values.median() > low
+
+
+@pytest.mark.parametrize("backend", MUON_BACKENDS)
+def test_orthogonalise_keeps_singular_vectors_and_ignores_scale(backend):
+    torch.manual_seed(2)
+    update = torch.randn(1, 12, 20)
+    out = orthogonalize(update, backend, 5, torch.float32)
+    assert torch.allclose(out, orthogonalize(update * 1000, backend, 5, torch.float32), atol=1e-4)
+    assert torch.allclose(out, orthogonalize(update.mT, backend, 5, torch.float32).mT, atol=1e-4)
+    u, _, v = torch.linalg.svd(update, full_matrices=False)
+    inner = u.mT @ out @ v.mT
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
+
+
+def test_muon_update_by_hand():
+    settings = OptimSettings(muon_row_normalize=True)
+    grads, momenta = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    held = momenta * 0.9 + grads
+    update = grads + 0.9 * held
+    update = update / update.norm(dim=-1, keepdim=True)
+    wanted = orthogonalize(update, "newton_schulz", 5, torch.float32) * (6 / 4) ** 0.5
+    assert torch.allclose(muon_update(grads, momenta, 0.9, settings, torch.float32), wanted, atol=1e-5)
+    assert torch.allclose(momenta, held)
+
+
+def test_rates():
+    by_share = OptimSettings(warmdown_iters=0, warmdown_frac=0.5, min_lr=0.1)
+    assert [rate_factor(by_share, Progress(0, frac, 1)) for frac in (0, 0.5, 0.75, 1)] == [1, 1, 0.5, 0.1]
+    by_steps = OptimSettings(warmdown_iters=100)
+    assert [rate_factor(by_steps, Progress(0, 0.5, left)) for left in (500, 100, 25, 0)] == [1, 1, 0.25, 0]
+    assert rate_factor(OptimSettings(warmdown_iters=0), Progress(0, 0.99, 1)) == 1
+
+
+def test_momentum_rises():
+    settings = OptimSettings(muon_momentum_warmup_start=0.8, muon_momentum=0.9, muon_momentum_warmup_steps=10)
+    assert [round(momentum_at(settings, step), 6) for step in (0, 5, 10, 99)] == [0.8, 0.85, 0.9, 0.9]
+
+
+def test_phase_follows_progress():
+    plan = tuple(Phase(start, ()) for start in (0.0, 0.35, 0.5))
+    assert [phase_at(plan, frac) for frac in (0, 0.34, 0.35, 0.6, 1.0)] == [0, 0, 1, 2, 2]
+
+
+@given(st.dictionaries(st.text("abc", max_size=4), st.floats(0.1, 100), min_size=1, max_size=12), st.integers(1, 5))
+def test_share_out_is_complete_and_balanced(costs, size):
+    owners = share_out(costs, size)
+    assert set(owners) == set(costs) and set(owners.values()) <= set(range(size))
+    loads = [sum(cost for name, cost in costs.items() if owners[name] == rank) for rank in range(size)]
+    assert max(loads) - min(loads) <= max(costs.values()) + 1e-9
+    assert share_out(dict(reversed(costs.items())), size) == owners
+
+
+def test_absent_gradients_leave_parameters_alone():
+    """Parameters of a later phase are not decayed, not moved, and start their bias correction when they begin."""
+    model = make_model(small_config(STACK="A (A)*2@0.5", PRESET="sixteen"))
+    optimizer = Optimizer(model, OptimSettings(muon_wd=0.5, embed_wd=0.5), World(), torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.tok_emb.grad = torch.ones_like(model.tok_emb)
+    optimizer.step(1.0, 0.9)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"tok_emb"} and optimizer.counts["tok_emb"] == 1 and optimizer.counts["blocks.0.attn_scale"] == 0
+
+
+def test_gains_are_never_decayed():
+    assert all(not row.decay for name, row in ROLES.items() if name in ("gain", "gate"))
+
+
+def test_average_is_exponential_in_fp32():
+    model = torch.nn.Linear(2, 2)
+    average, wanted = Average(model, 0.75), model.weight.detach().clone()
+    for step in range(4):
+        with torch.no_grad():
+            model.weight += step
+        average.update()
+        wanted = 0.75 * wanted + 0.25 * model.weight.detach()
+    assert torch.allclose(average.weights()["weight"], wanted, atol=1e-6)
+    assert Average(model, 0.0).weights()["weight"].data_ptr() == model.weight.data_ptr()
+
+
+def test_a_step_of_each_rank_adds_up_to_the_whole():
+    """Two ranks' shares, computed one after the other, hold every matrix once."""
+    model = make_model(small_config(STACK="A3"))
+    owned = [{name for name, rank in Optimizer(model, OptimSettings(), World(0, 2), torch.float32).owners.items()
+              if rank == side} for side in (0, 1)]
+    assert owned[0] | owned[1] == {name for name, p in model.named_parameters() if p.role == "matrix"}
+    assert not owned[0] & owned[1] and all(owned)
+    assert not set(itertools.chain(*owned)) & {"tok_emb"}

@@ -1,0 +1,223 @@
+"""TRAINING: it learns, it stops in time, it resumes bit for bit, the number of ranks changes nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT, clean_env, events, launch, make_model, small_config, small_words
+
+from train_gpt import (
+    CheckError,
+    Checkpoint,
+    ConfigError,
+    Stopwatch,
+    World,
+    check_same_weights,
+    load_checkpoint,
+    load_config,
+    main,
+    pick_compile,
+    save_checkpoint,
+    working_compiler,
+)
+
+
+def losses(folder):
+    """Step -> training loss; after a resume the later line of a step is the valid one."""
+    return {line["step"]: line["train_loss"] for line in events(folder, "step")}
+
+
+def test_stopwatch_counts_only_while_it_runs():
+    now = [0.0]
+    watch = Stopwatch(lambda: now[0], 5.0)
+    now[0] = 3.0
+    watch.start()
+    now[0] = 4.5
+    assert watch.seconds() == 6.5
+    watch.stop()
+    now[0] = 99.0
+    assert watch.seconds() == 6.5
+
+
+def test_compile_choice_is_explained(monkeypatch):
+    cpu = torch.device("cpu")
+    assert pick_compile("0", cpu, 600, 1) == (False, "COMPILE=0")
+    on, reason = pick_compile("auto", cpu, 60, 2)
+    assert not on and "60 s of training do not repay 2" in reason
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert working_compiler() is None
+    assert pick_compile("auto", cpu, 1e9, 1) == (False, "no working C++ compiler")
+    with pytest.raises(ConfigError, match="COMPILE=1: needs a working C\\+\\+ compiler"):
+        pick_compile("1", cpu, 60, 1)
+    assert pick_compile("auto", torch.device("cuda"), 60, 1)[0]
+
+
+def checkpoint(step=3):
+    model = make_model(small_config())
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    state = {"tok_emb": {"first": torch.ones(2)}}
+    return Checkpoint(step, 1.5, False, 2.0, "config", "data", weights, {}, state, {"tok_emb": 1})
+
+
+def test_checkpoint_round_trip_and_damage(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, checkpoint())
+    held, wanted = load_checkpoint(path), checkpoint()
+    assert held.step == 3 and all(torch.equal(held.weights[name], tensor) for name, tensor in wanted.weights.items())
+    raw = path.read_bytes()
+    info = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
+    damaged = bytearray(raw)
+    damaged[info.header_offset + 200 + info.file_size // 2] ^= 4
+    for data in (bytes(damaged), raw[:len(raw) // 2], b"", b"nonsense" * 99):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match="is damaged") as caught:
+            load_checkpoint(path)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_are_compared_over_ranks():
+    """One rank agrees with itself; two that differ are told apart by their digests."""
+    model = make_model(small_config())
+    check_same_weights(model, World())
+
+    class Other(World):
+        def gather(self, value):
+            return [value, "another digest"]
+    with pytest.raises(CheckError, match="ranks hold different weights"):
+        check_same_weights(model, Other(size=2))
+
+
+@pytest.fixture(scope="module")
+def straight(mini, tmp_path_factory):
+    """Twenty steps without interruption, one rank."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(small_words(mini, runs, RUN_ID="one", ITERATIONS=20, STAGES="train,write,reload,evaluate"), {}) == 0
+    return runs / "one"
+
+
+def test_it_learns(straight):
+    found = losses(straight)
+    assert sorted(found) == list(range(1, 21)) and found[20] < found[1] - 0.5
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(mini, straight, tmp_path):
+    for run_id, seed in (("same", 1337), ("other", 1)):
+        assert main(small_words(mini, tmp_path, RUN_ID=run_id, ITERATIONS=3, SEED=seed, STAGES="train"), {}) == 0
+    # The schedule depends on ITERATIONS, the first step's loss does not.
+    assert losses(tmp_path / "same")[1] == losses(straight)[1] != losses(tmp_path / "other")[1]
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one(mini, straight, tmp_path):
+    """fp32: the same losses to 1e-5 over 20 steps, and the same score to 1e-9 of the same artifact."""
+    done = launch(small_words(mini, tmp_path, RUN_ID="two", ITERATIONS=20, STAGES="train,write,reload,evaluate",
+                              SYNC_CHECK_EVERY=5), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(straight), losses(tmp_path / "two")
+    assert sorted(two) == sorted(one) and max(abs(one[step] - two[step]) for step in one) <= 1e-5
+    again = launch(small_words(mini, tmp_path, RUN_ID="score", FROM=straight, STAGES="evaluate"), processes=2)
+    assert again.returncode == 0, again.stderr
+    scores = [json.loads((folder / "result.json").read_text()) for folder in (straight, tmp_path / "score")]
+    for kind in ("contiguous", "sliding"):
+        assert abs(scores[0]["scores"][kind]["val_bpb"] - scores[1]["scores"][kind]["val_bpb"]) <= 1e-9
+    assert scores[0]["ledger"] == scores[1]["ledger"]
+
+
+@pytest.mark.dist
+def test_ranks_that_do_not_divide_the_batch_are_refused(mini, tmp_path):
+    done = launch(small_words(mini, tmp_path, RUN_ID="x", ITERATIONS=2, STAGES="train"), processes=3)
+    assert done.returncode == 2 and "NPROC=3: must divide the 4 micro-batches" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_killed_run_resumes_bit_for_bit(mini, straight, tmp_path):
+    """kill -9 in the middle; the restart says so, and every later loss and the artifact are the same bits."""
+    words = small_words(mini, tmp_path, RUN_ID="killed", ITERATIONS=20, STAGES="train,write", CHECKPOINT_SECONDS="0.05")
+    with subprocess.Popen([sys.executable, "train_gpt.py", *words], cwd=ROOT, env=clean_env(),
+                          stdout=subprocess.DEVNULL) as child:
+        path = tmp_path / "killed" / "events.jsonl"
+        for _ in range(2400):
+            if path.exists() and '"step": 7' in path.read_text() and (path.parent / "checkpoint.pt").exists():
+                break
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+    assert 7 <= max(losses(path.parent)) < 20
+    done = launch(words)
+    assert done.returncode == 0, done.stderr
+    resumed = events(path.parent, "resume")
+    assert len(resumed) == 1 and 0 < resumed[0]["step"] < 20
+    assert f"resumed:{tmp_path / 'killed' / 'checkpoint.pt'} step:{resumed[0]['step']}" in done.stdout
+    assert losses(path.parent) == losses(straight)
+    assert (path.parent / "artifact.bin").read_bytes() == (straight / "artifact.bin").read_bytes()
+
+
+def test_under_a_wall_clock_the_seconds_before_the_kill_count(mini, tmp_path):
+    """A run that logged 50 of its 60 seconds before it was killed does not get them back from an older checkpoint."""
+    words = small_words(mini, tmp_path, RUN_ID="clock", ITERATIONS=100000, STAGES="train", MAX_WALLCLOCK_SECONDS=60,
+                        WARMDOWN_FRAC=0, MIN_LR=0)
+    assert main([*words, "ITERATIONS=2"], {}) == 0
+    folder = tmp_path / "clock"
+    held = load_checkpoint(folder / "checkpoint.pt")
+    config = json.loads((folder / "config.json").read_text())
+    digest = load_config(words, {}, gpus=0).digest()
+    save_checkpoint(folder / "checkpoint.pt", held._replace(finished=False, config_hash=digest))
+    config["settings"]["ITERATIONS"] = 100000
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(json.dumps({"event": "step", "t": 1, "step": 90, "train_loss": 1, "train_seconds": 58.5}) + "\n")
+    began = time.monotonic()
+    assert main(words, {}) == 0
+    assert time.monotonic() - began < 15
+    assert events(folder, "resume")[0]["train_seconds"] == 58.5
+    assert json.loads((folder / "result.json").read_text())["train"]["seconds"] <= 60
+
+
+def test_finished_run_does_not_train_again(mini, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "one")
+    before = (tmp_path / "one" / "checkpoint.pt").read_bytes()
+    words = small_words(mini, tmp_path, RUN_ID="one", ITERATIONS=20, STAGES="train")
+    assert main(words, {}) == 0
+    assert (tmp_path / "one" / "checkpoint.pt").read_bytes() == before
+    assert "training was finished" in (tmp_path / "one" / "train.log").read_text()
+
+
+def test_other_settings_under_an_old_name_are_refused(mini, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "one")
+    assert main(small_words(mini, tmp_path, RUN_ID="one", ITERATIONS=20, MATRIX_LR=0.5), {}) == 2
+    assert "RUN_ID=one: that run had other settings (MATRIX_LR=0.026 -> 0.5)" in capsys.readouterr().err
+
+
+def test_divergence_is_a_clear_end(mini, tmp_path, capsys):
+    words = small_words(mini, tmp_path, RUN_ID="boom", ITERATIONS=50, STAGES="train", TIED_EMBED_LR=1e30,
+                        SCALAR_LR=1e30, GRAD_CLIP_NORM=0, LOGIT_SOFTCAP=0)
+    assert main(words, {}) == 3
+    said = capsys.readouterr().err
+    assert "training diverged; lower MATRIX_LR" in said and len(said.splitlines()) == 1
+
+
+def test_validation_during_training_is_logged_and_not_timed(mini, tmp_path):
+    words = small_words(mini, tmp_path, RUN_ID="val", ITERATIONS=7, STAGES="train", VAL_LOSS_EVERY=3)
+    assert main(words, {}) == 0
+    found = events(tmp_path / "val", "val")
+    assert [line["step"] for line in found] == [3, 6] and found[1]["val_bpb"] < found[0]["val_bpb"]
+    assert "step:3/7 val_loss:" in (tmp_path / "val" / "train.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(working_compiler() is None, reason="needs a C++ compiler and Python's headers")
+def test_compiled_training_gives_the_same_losses(mini, tmp_path):
+    words = small_words(mini, tmp_path, ITERATIONS=4, STAGES="train", STACK="A")
+    assert main([*words, "RUN_ID=plain"], {}) == 0
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = launch([*words, "RUN_ID=compiled", "COMPILE=1"], env=env)
+    assert done.returncode == 0, done.stderr
+    assert "compile:1 (" in done.stdout and os.listdir(tmp_path / "cache")
+    one, two = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert max(abs(one[step] - two[step]) for step in one) <= 1e-4
