@@ -1,0 +1,32 @@
+"""README: generated parts are fresh, and what it names exists."""
+
+import re
+import subprocess
+import sys
+
+import train_gpt
+from conftest import ROOT
+
+
+def test_generated_parts_are_fresh():
+    done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, "run: python tools/readme.py"
+
+
+def test_readme_names_only_settings_and_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    launcher = {"PYTHON", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_WAIT_POLICY", "NAME"}
+    assert {name for name in re.findall(r"\b([A-Z][A-Z_]+)=", text)} <= {*train_gpt.SETTINGS, *launcher}
+    for name in re.findall(r"`?((?:data|tools|records|tests)/[\w.]+\.\w+|\w+\.(?:sh|md))`?", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_quotes_error_messages_that_exist():
+    """The troubleshooting table names lines that the code really prints."""
+    code = " ".join((ROOT / "train_gpt.py").read_text().replace('"\n', "").split())
+    code = re.sub(r'" *f?"', "", code)
+    section = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
+    for quoted in re.findall(r"^\| `([^`]+)` \|", section, re.M):
+        for part in filter(None, quoted.split("...")):
+            if len(part) > 12 and "=" not in part:
+                assert part.strip("; ") in code, part

@@ -1,0 +1,98 @@
+"""Rewrites the generated parts of README.md, so that no number or list in it is typed by hand.
+
+    python tools/readme.py [RUN_FOLDER]
+
+A generated part stands between `<!-- NAME: generated -->` and `<!-- end -->`. With a run folder its result.json first
+becomes records/reference_run.json, from which the result table is made. `--check` changes nothing and exits with 1
+when README.md is stale.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+
+README, REFERENCE = ROOT / "README.md", ROOT / "records" / "reference_run.json"
+PART = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.S)
+
+
+def result_table() -> str:
+    """The scores of the reference run beside ordinary compressors, then its bytes and seconds."""
+    result = json.loads(REFERENCE.read_text())
+    lines = ["| what | bits per byte | seconds |", "| --- | ---: | ---: |"]
+    order = ("sliding", "contiguous", "float")
+    for name in sorted(result["scores"], key=lambda key: order.index(key) if key in order else -1):
+        entry = result["scores"][name]
+        what = "float weights before the squeeze, contiguous" if name == "float" else f"the artifact, {name}"
+        lines.append(f"| {what} | **{entry['val_bpb']:.4f}** | {entry['seconds']:.0f} |")
+    lines += [f"| {name} on the same {result['data']['val_bytes']:,} bytes | {value:.4f} | |"
+              for name, value in result["yardsticks"].items()]
+    artifact, environment = result["artifact"], result["environment"]
+    lines += ["", f"{result['train']['steps']:,} steps, {result['train']['tokens']:,} tokens and "
+              f"{result['train']['seconds']:.0f} seconds of training on {environment['threads']} CPU cores "
+              f"({environment['cpu']}, torch {environment['torch']}); model {artifact['model_bytes']:,} + code "
+              f"{artifact['code_bytes']:,} = {artifact['total_bytes']:,} of {artifact['limit_bytes']:,} bytes; every one of "
+              f"{result['ledger']['targets']:,} targets scored once."]
+    return "\n".join(lines)
+
+
+def layout_table() -> str:
+    """The index of train_gpt.py, from its header."""
+    rows = re.findall(r"^    (\d\d) ([A-Z]+) +(.+)$", train_gpt.__doc__, re.M)
+    return "\n".join(["| section | what is there |", "| --- | --- |", *(f"| {n} {name} | {text} |" for n, name, text in rows)])
+
+
+def presets_table() -> str:
+    """Every preset and overlay."""
+    lines = ["| name | what it is | source |", "| --- | --- | --- |"]
+    lines += [f"| `PRESET={name}` | {row.doc} | {row.source} |" for name, row in train_gpt.PRESETS.items()]
+    lines += [f"| `OVERLAY={name}` | {doc} | |" for name, (doc, _) in train_gpt.OVERLAYS.items()]
+    return "\n".join(lines)
+
+
+def settings_table() -> str:
+    """Every setting with its default and meaning."""
+    lines = ["| setting | default | what it does |", "| --- | --- | --- |"]
+    for name, (_, field) in train_gpt.SETTINGS.items():
+        unit, choices = field.metadata["unit"], field.metadata["choices"]
+        text = field.metadata["text"].replace("|", "\\|") + (f" ({', '.join(choices)})" if choices else "")
+        shown = train_gpt.show_value(field.default)
+        lines.append(f"| `{name}` | {f'`{shown}`' if shown else 'empty'}{f' {unit}' if unit else ''} | {text} |")
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {"result": result_table, "layout": layout_table, "presets": presets_table,
+                                       "settings": settings_table}
+
+
+def fresh(text: str) -> str:
+    """README's text with every generated part made anew; KeyError for a part that no function makes."""
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", text)
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 1 when --check finds README.md stale, 2 for a run folder without a result."""
+    folders = [Path(word) for word in argv if word != "--check"]
+    if folders:
+        try:
+            result = json.loads((folders[0] / "result.json").read_text())
+        except (OSError, ValueError) as error:
+            print(f"{folders[0]}: must be a run folder with a result.json ({error})", file=sys.stderr)
+            return 2
+        REFERENCE.write_text(json.dumps(result, indent=1) + "\n")
+    old = README.read_text()
+    new = fresh(old)
+    if "--check" in argv:
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
