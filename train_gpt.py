@@ -56,6 +56,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -657,10 +658,12 @@ def presets_text() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes of a run. At one rank every method is the identity, so all code runs without a process group."""
+    """The processes of a run, and the lanes of this one. At one rank every collective is the identity, so all code runs
+    without a process group."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    lanes: int = 1
 
     @property
     def first(self) -> bool:
@@ -689,6 +692,20 @@ class World:
         dist.all_gather_object(boxes, value)
         return boxes
 
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.lanes)
+
+    def each(self, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+        """function(item) of every item, in their order, computed on this process's lanes side by side.
+
+        On a CPU a lane is a thread that runs whole forwards alone. Lanes do not wait for each other within a forward,
+        which gains most where tensors are small or something else uses the machine (records/LOG.md).
+        """
+        if self.lanes == 1 or len(items) < 2:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -711,12 +728,14 @@ def make_world(env: Mapping[str, str]) -> World:
     return World(rank, size, device)
 
 
-def set_threads(threads: int, size: int) -> int:
-    """CPU threads of this process: the setting, or all usable cores over the processes of this machine."""
+def share_threads(world: World, threads: int, local_size: int, jobs: int) -> tuple[World, int]:
+    """The world with its lanes, and the CPU threads of this process: the setting, or all usable cores over the local
+    processes. A CPU gets as many lanes as there are jobs to fill them, and the lanes share the threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = threads or max(1, cores // size)
-    torch.set_num_threads(count)
-    return count
+    count = threads or max(1, cores // local_size)
+    lanes = max(1, min(count, jobs)) if world.device.type == "cpu" else 1
+    torch.set_num_threads(count // lanes)
+    return dataclasses.replace(world, lanes=lanes), count
 
 
 def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
@@ -923,7 +942,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
                 raise ValueError(f"entry {entry}")
         for key in ("path", "sha256", "vocab_size", "lossless"):
             manifest["tokenizer"][key]
-        manifest["val"]["counted_bytes"], manifest["disjoint"]["common"], manifest["byte_rule"]
+        manifest["val"]["counted_bytes"], manifest["disjoint"]["common"], manifest["byte_rule"], manifest["source"]
     except OSError as error:
         raise ConfigError(f"DATA_PATH={folder}: manifest.json cannot be read ({error.strerror}); "
                           "`python data/prepare.py manifest` makes one for shards that are there") from None
@@ -931,7 +950,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"DATA_PATH={path}: not a manifest ({error!r})") from None
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ConfigError(f"DATA_PATH={path}: format {manifest.get('format')}, must be {MANIFEST_FORMAT}")
-    if manifest["disjoint"]["common"] != 0:
+    if manifest["disjoint"]["common"] != 0 and not manifest["source"].startswith("fineweb"):
         raise ConfigError(f"DATA_PATH={path}: {manifest['disjoint']['common']} validation documents are in the "
                           "training shards; must be 0")
     return manifest, hashlib.sha256(raw).hexdigest()
@@ -1065,6 +1084,9 @@ class Batches:
 # its reference, say when it is usable, and give the tolerances that its arithmetic justifies.
 
 
+SHORT_ROWS = 256
+
+
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     """(B, K, T, C) -> (B, H, T, C): each key/value head serves H / K query heads."""
     batch, kv_heads, length, channels = x.shape
@@ -1083,10 +1105,14 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     return (scores.masked_fill(~mask, -math.inf).softmax(-1) @ v.to(wide)).to(q.dtype)
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same through torch's scaled_dot_product_attention."""
-    return F.scaled_dot_product_attention(q, _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]),
-                                          attn_mask=mask, is_causal=mask is None)
+def attention_fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same through torch's scaled_dot_product_attention; short bf16 rows on a CPU as two plain products, which
+    torch's CPU kernel does not beat before SHORT_ROWS (its backward is the slow half)."""
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    if mask is None or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > SHORT_ROWS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(-1) @ v
 
 
 def soft_logits(hidden: Tensor, embedding: Tensor, softcap: float) -> Tensor:
@@ -1152,7 +1178,7 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, Kernel] = {
-    "attention": Kernel(attention_reference, attention_sdpa, lambda device: None, 2e-6, 2e-5),
+    "attention": Kernel(attention_reference, attention_fast, lambda device: None, 2e-6, 2e-5),
     "mean_nats": Kernel(mean_nats_reference, mean_nats_chunked,
                         lambda device: None if device.type == "cpu" else "its chunks are sized for a CPU's cache",
                         2e-6, 2e-6),
@@ -1921,9 +1947,9 @@ class Trainer:
     """One run's training: builds everything, resumes if there is a checkpoint, and walks the steps."""
 
     def __init__(self, config: Config, model: GPT, data: Data, world: World, log: Log, folder: Path,
-                 score_float: Callable[[int], tuple[float, float]]) -> None:
+                 compiled: bool, score_float: Callable[[int], tuple[float, float]]) -> None:
         self.config, self.model, self.world, self.log, self.folder = config, model, world, log, folder
-        self.data, self.score_float = data, score_float
+        self.data, self.compiled, self.score_float = data, compiled, score_float
         self.batches = Batches(data.train, config.data, config.train, config.run.seed)
         self.optimizer = Optimizer(model, config.optim, world, model.dtype)
         self.average = Average(model, config.optim.ema_decay)
@@ -1985,10 +2011,8 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and run every phase on random tokens before the clock starts; no weight changes."""
         settings = self.config.train
-        on, reason = pick_compile(self.config.system.compile, self.world.device, settings.max_wallclock_seconds,
-                                  len(self.model.phases))
-        self.log.line(f"compile:{int(on)} ({reason})")
-        self.losses = [make_compiled(make_loss(self.model, phase), on) for phase in range(len(self.model.phases))]
+        self.losses = [make_compiled(make_loss(self.model, phase), self.compiled)
+                       for phase in range(len(self.model.phases))]
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
         shape = (settings.micro_batch_tokens // settings.train_seq_len, settings.train_seq_len + 1)
         rows = torch.randint(BOS + 3, self.config.data.vocab_size, shape, generator=generator).to(self.world.device)
@@ -2022,11 +2046,21 @@ class Trainer:
         """Fill the gradients of the global batch; returns its mean loss in nats and the gradient norm."""
         total = torch.zeros((), device=self.world.device)
         self.model.zero_grad(set_to_none=True)
-        for micro in range(self.world.rank, self.micros, self.world.size):
-            batch = self.batches.micro(self.step * self.micros + micro, self.world)
+        parameters = list(self.model.parameters())
+
+        def work(batch: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             loss = self.losses[phase](*batch) / self.micros
-            loss.backward()
-            total += loss.detach()
+            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        mine = range(self.world.rank, self.micros, self.world.size)
+        for start in range(0, len(mine), self.world.lanes):
+            batches = [self.batches.micro(self.step * self.micros + micro, self.world)
+                       for micro in mine[start:start + self.world.lanes]]
+            for loss, grads in self.world.each(work, batches):
+                total += loss
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    if grad is not None:
+                        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.world.size > 1:
             flat = self.world.add_(torch.cat([total.view(1), *(grad.flatten() for grad in grads)]))
@@ -2622,12 +2656,16 @@ def score(kind: str, model: GPT, val: Validation, config: Config, world: World, 
     docs = document_index(stream) if config.data.doc_isolation else None
     forward = make_forward(model, phase % len(model.phases))
     ledger, sums = Ledger(count), {}
-    with torch.inference_mode():
-        for batch, start in enumerate(range(0, len(windows), rows)):
-            if batch % world.size == world.rank:
-                part = windows[start:start + rows]
-                sums[batch] = _score_batch(model, forward, part, stream, docs, rows, settings.eval_seq_len)
-                ledger.score(batch, part)
+    parts = [windows[start:start + rows] for start in range(0, len(windows), rows)]
+
+    def work(part: list[Window]) -> float:
+        with torch.inference_mode():
+            return _score_batch(model, forward, part, stream, docs, rows, settings.eval_seq_len)
+
+    mine = range(world.rank, len(parts), world.size)
+    for batch, nats in zip(mine, world.each(work, [parts[batch] for batch in mine]), strict=True):
+        sums[batch] = nats
+        ledger.score(batch, parts[batch])
     everyone = {batch: nats for part in world.gather(sums) for batch, nats in part.items()}
     nats = sum(everyone[batch] for batch in sorted(everyone))
     return Score(nats, count - 1, int(val.bytes.sum()), clock() - began, val.documents, ledger.close(world))
@@ -2643,8 +2681,8 @@ def score(kind: str, model: GPT, val: Validation, config: Config, world: World, 
 class Run:
     """One launch: configuration, ranks, log, run folder, and the growing content of result.json."""
 
-    def __init__(self, config: Config, world: World, threads: int) -> None:
-        self.config, self.world, self.threads = config, world, threads
+    def __init__(self, config: Config, world: World, threads: int, compiled: bool) -> None:
+        self.config, self.world, self.threads, self.compiled = config, world, threads, compiled
         name = config.run.run_id or f"{config.run.preset}_{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.run.runs_path) / world.same(name)
         self.source = Path(config.run.from_) if config.run.from_ else self.folder
@@ -2700,6 +2738,8 @@ class Run:
             self.log.line(f"val_loader:shards path={self.config.data.data_path} tokens:{len(val.tokens) - 1}")
             self.log.line(f"val_tokens: {len(val.tokens) - 1} val_bytes:{val.bytes.sum()} "
                           f"val_documents:{val.documents} tokenizer:{'lossless' if val.lossless else 'lossy'}")
+            if common := self.dataset.manifest["disjoint"]["common"]:
+                self.log.line(f"declared: {common} validation documents also stand in the published training shards")
             self.log.line(f"train_shards: {len(self.dataset.train.shards)} train_tokens:{len(self.dataset.train)} "
                           f"checked_in:{self.clock() - began:.1f}s")
         return self.dataset
@@ -2735,7 +2775,7 @@ def stage_train(run: Run) -> None:
         found = run.score("contiguous", model, phase)
         return found.nats / found.tokens, bits_per_byte(found.nats, found.bytes)
 
-    trainer = Trainer(run.config, model, run.data(), run.world, run.log, run.folder, score_float)
+    trainer = Trainer(run.config, model, run.data(), run.world, run.log, run.folder, run.compiled, score_float)
     finished_before = trainer.resume()
     part = trainer.run()
     earlier = run.result.get("train", {}).get("strict_seconds", 0.0)
@@ -2882,7 +2922,7 @@ def stage_report(run: Run) -> None:
                    "tokenizer_sha256": run.data().tokenizer_sha256, "lossless": val.lossless,
                    "val_documents": val.documents, "val_tokens": len(val.tokens) - 1,
                    "val_bytes": int(val.bytes.sum()), "val_document_bytes": manifest["val"].get("bytes"),
-                   "train_tokens": len(run.data().train)},
+                   "train_tokens": len(run.data().train), "disjoint": manifest["disjoint"]},
              declared={"doc_isolation": config.data.doc_isolation, "packed": bool(BAKED)},
              yardsticks={name: value for name, value in json.loads(yardsticks).items()
                          if name in ("gzip", "zstd", "xz")} if yardsticks else {},
@@ -2990,7 +3030,7 @@ def pack_self(config: Config) -> bytes:
 def run_packed(config: Config, words: list[str], env: Mapping[str, str]) -> None:
     """Replace this process by the packed file, in its place under torchrun. The file's name is its content's hash, so
     every rank may write it. CPU threads that wait do so asleep: spinning takes the core from the one they wait for
-    wherever something else runs (12 times slower beside one busy process on two cores, 15 % faster alone)."""
+    wherever something else runs (records/LOG.md)."""
     data = pack_self(config)
     path = Path(config.run.runs_path) / "packed" / hashlib.sha256(data).hexdigest()[:16] / "train_gpt.py"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -3002,8 +3042,12 @@ def run_packed(config: Config, words: list[str], env: Mapping[str, str]) -> None
 def run_stages(config: Config, env: Mapping[str, str]) -> None:
     """Walk the stages of one launch on this rank."""
     world = make_world(env)
-    threads = set_threads(config.system.threads, int(env.get("LOCAL_WORLD_SIZE", world.size)))
-    run = Run(config, world, threads)
+    compiled, reason = pick_compile(config.system.compile, world.device, config.train.max_wallclock_seconds,
+                                    len(plan_layers(config.model)))
+    micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
+    world, threads = share_threads(world, config.system.threads, int(env.get("LOCAL_WORLD_SIZE", world.size)),
+                                   1 if compiled else micros // world.size)
+    run = Run(config, world, threads, compiled)
     try:
         line = run.log.line
         line(f"run_id:{run.folder.name} preset:{config.run.preset} overlay:{config.run.overlay or 'none'} "
@@ -3011,8 +3055,9 @@ def run_stages(config: Config, env: Mapping[str, str]) -> None:
              f"packed:{int(bool(BAKED))}")
         line("settings that differ from their defaults:\n" + differences_text(config))
         line(plan_text(config.model))
-        line(f"world_size:{world.size} device:{world.device} threads:{threads} dtype:{str(run.dtype)[6:]} "
-             f"torch:{torch.__version__}")
+        line(f"world_size:{world.size} device:{world.device} threads:{threads} in {world.lanes} lanes "
+             f"dtype:{str(run.dtype)[6:]} torch:{torch.__version__}")
+        line(f"compile:{int(compiled)} ({reason})")
         for text in run.kernel_lines:
             line(text)
         if not config.data.doc_isolation:

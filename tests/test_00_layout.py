@@ -4,8 +4,9 @@ environment but the last line."""
 import ast
 import re
 
-import train_gpt
 from conftest import ROOT
+
+import train_gpt
 
 TEXT = (ROOT / "train_gpt.py").read_text()
 TREE = ast.parse(TEXT)

@@ -149,6 +149,11 @@ def test_manifest_that_does_not_match(copy, change, said):
     assert said in refusal(copy)
 
 
+def test_duplicates_in_the_published_shards_are_declared_not_refused(copy):
+    edit_manifest(copy, lambda m: (m["disjoint"].update(common=3), m.update(source="fineweb (somewhere)")))
+    assert load_data(settings_for(copy), World()).manifest["disjoint"]["common"] == 3
+
+
 def test_damaged_shard_is_found_even_after_it_was_verified(copy):
     load_data(settings_for(copy), World())
     path = copy / "fineweb_train_000000.bin"

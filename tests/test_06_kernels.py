@@ -50,6 +50,20 @@ def test_twin_equals_reference(name, make):
         assert (wanted - got).abs().max() / scale <= tolerance, place
 
 
+@pytest.mark.parametrize("length", [33, 300])
+def test_bf16_attention_is_as_near_as_bf16_allows(length):
+    """Both ways the fast twin takes in bf16, against the fp32 reference on the same numbers."""
+    kernel, results = KERNELS["attention"], []
+    for function, dtype in ((kernel.reference, torch.float32), (kernel.fast, torch.bfloat16)):
+        inputs, (mask,) = attention_inputs(torch.float32, length=length)
+        cast = [tensor.detach().bfloat16().to(dtype).requires_grad_() for tensor in inputs]
+        out = function(*cast, mask)
+        out.float().square().sum().backward()
+        results.append([out.detach().float(), *(tensor.grad.float() for tensor in cast)])
+    for wanted, got in zip(*results, strict=True):
+        assert (wanted - got).norm() / wanted.norm() < 0.02
+
+
 def test_every_kernel_has_a_case():
     assert {name for name, _ in CASES} == set(KERNELS)
 

@@ -37,15 +37,16 @@ def result_table() -> str:
     lines += ["", f"{result['train']['steps']:,} steps, {result['train']['tokens']:,} tokens and "
               f"{result['train']['seconds']:.0f} seconds of training on {environment['threads']} CPU cores "
               f"({environment['cpu']}, torch {environment['torch']}); model {artifact['model_bytes']:,} + code "
-              f"{artifact['code_bytes']:,} = {artifact['total_bytes']:,} of {artifact['limit_bytes']:,} bytes; every one of "
-              f"{result['ledger']['targets']:,} targets scored once."]
+              f"{artifact['code_bytes']:,} = {artifact['total_bytes']:,} of {artifact['limit_bytes']:,} bytes; every one "
+              f"of {result['ledger']['targets']:,} targets scored once."]
     return "\n".join(lines)
 
 
 def layout_table() -> str:
     """The index of train_gpt.py, from its header."""
     rows = re.findall(r"^    (\d\d) ([A-Z]+) +(.+)$", train_gpt.__doc__, re.M)
-    return "\n".join(["| section | what is there |", "| --- | --- |", *(f"| {n} {name} | {text} |" for n, name, text in rows)])
+    return "\n".join(["| section | what is there |", "| --- | --- |",
+                      *(f"| {number} {name} | {text} |" for number, name, text in rows)])
 
 
 def presets_table() -> str:
