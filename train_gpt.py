@@ -33,6 +33,7 @@ V vocabulary, N visits, R rank. Units: tokens, bytes, seconds, nats (natural log
 # Only what every run needs. Optional libraries (sentencepiece, compressors, TensorBoard) are imported inside
 # the function that uses them, so that importing this file does nothing and needs nothing else.
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -44,6 +45,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -256,6 +258,10 @@ RENAMED: dict[str, str] = {
     "VAL_DOC_FRACTION": "the whole validation split is always scored"}
 
 
+# Ordinary names of other programs that are near misses of a setting.
+ORDINARY_NAMES = {"COMPILER", "STAGE", "THREAD", "NUM_THREADS", "DATAPATH"}
+
+
 class Config(NamedTuple):
     """A resolved configuration: the groups, and for each setting that differs from its default who set it."""
     run: RunSettings
@@ -298,8 +304,9 @@ def parse_value(name: str, value: Any) -> Any:
         return text in ("1", "True")
     if kind in (int, float):
         try:
-            number = kind(text.replace("_", "")) if kind is int else float(text)
-        except ValueError:
+            number = int(text) if kind is int else float(text)
+            float(number)
+        except (ValueError, OverflowError):
             raise fail("must be a whole number" if kind is int else "must be a number") from None
         low, high = meta["low"], meta["high"]
         if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
@@ -313,6 +320,8 @@ def parse_value(name: str, value: Any) -> Any:
             raise fail(f"must be {'one' if kind is str else 'some'} of {', '.join(meta['choices'])}")
     if kind is not str and len(set(parts)) != len(parts):
         raise fail("names something twice")
+    if kind is not str and not parts:
+        raise fail(f"must name at least one of {', '.join(meta['choices'])}")
     return text if kind is str else parts
 
 
@@ -344,7 +353,7 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: bool(re.fullmatch(r"[A-Za-z0-9._-]*", c.run.run_id)) and c.run.run_id not in (".", ".."),
      "RUN_ID={run.run_id}: letters, digits, dots, dashes and underscores only"),
     (lambda c: "train" in c.run.stages or bool(c.run.from_) or bool(c.run.run_id),
-     "STAGES={run.stages}: without train, FROM=<run folder> or RUN_ID=<old run> must name the run to use"),
+     "STAGES: without train, FROM=<run folder> or RUN_ID=<old run> must name the run to use"),
 )
 
 
@@ -381,7 +390,7 @@ class Block(NamedTuple):
 
 OVERRIDES = {"mlp": "feed-forward width over MODEL_DIM, 0 for none", "heads": "query heads", "kv": "key/value heads"}
 MIXER_LETTERS = ("A",)
-MAX_BLOCKS, MAX_VISITS = 512, 4096
+MAX_BLOCKS, MAX_VISITS, MAX_PHASES = 512, 4096, 8
 _STACK_TOKEN = re.compile(r"\s*(?:(?P<letter>[A-Za-z])(?:\{(?P<over>[^}]*)\})?(?P<count>\d*)"
                           r"|(?P<open>[\[(])|(?P<close>[\])])(?P<tail>[0-9.*@]*))")
 
@@ -392,7 +401,7 @@ def _stack_fault(stack: str, at: int, rule: str) -> ConfigError:
 
 def _parse_passes(stack: str, tail: str, at: int) -> tuple[tuple[float, int], ...]:
     """`*3@0.35` or `*2@0.5*3@0.65` as ((0, 1), (0.35, 3)); `*31` as ((0, 31),)."""
-    parts = re.findall(r"\*(\d+)(?:@([0-9.]+))?", tail)
+    parts = re.findall(r"\*(\d{1,4})(?:@(\d*\.?\d+))?", tail)
     if not parts or "".join(f"*{n}" + (f"@{f}" if f else "") for n, f in parts) != tail:
         raise _stack_fault(stack, at, "a ( ) group needs *passes, or *passes@fraction, after it")
     knots = [(float(frac) if frac else 0.0, int(passes)) for passes, frac in parts]
@@ -414,6 +423,8 @@ def _parse_block(stack: str, letter: str, over: str | None, at: int) -> Block:
         if key.strip() not in OVERRIDES or not re.fullmatch(r"\d+(\.\d+)?", value.strip()):
             raise _stack_fault(stack, at, f"{{{part}}}: write {{key=number}} with a key of {', '.join(OVERRIDES)}")
         overrides[key.strip()] = float(value)
+        if key.strip() != "mlp" and (float(value) < 1 or float(value) != int(float(value))):
+            raise _stack_fault(stack, at, f"{{{part}}}: must be a whole number of heads, at least 1")
     return Block(letter, overrides)
 
 
@@ -433,6 +444,8 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
         if not match:
             raise _stack_fault(stack, at, "expected a block letter, [ ... ]copies or ( ... )*passes")
         if match["letter"]:
+            if match["count"] and not re.fullmatch(r"[1-9]\d{0,2}", match["count"]):
+                raise _stack_fault(stack, at, f"{match['count']} copies: must be 1 to 999")
             items += [_parse_block(stack, match["letter"], match["over"], at)] * int(match["count"] or 1)
         elif match["open"]:
             open_groups.append((match["open"], items, at))
@@ -462,6 +475,8 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
         members, passes = ((item,), ((0.0, 1),)) if isinstance(item, Block) else item
         visits.append(Visits(tuple(range(len(blocks), len(blocks) + len(members))), passes))
         blocks += members
+    if len({frac for item in visits for frac, _ in item.passes}) > MAX_PHASES:
+        raise ConfigError(f"STACK={stack}: at most {MAX_PHASES} different plans; each is compiled")
     if not blocks or len(blocks) > MAX_BLOCKS or sum(len(v.blocks) * v.passes[-1][1] for v in visits) > MAX_VISITS:
         raise ConfigError(f"STACK={stack}: must have 1 to {MAX_BLOCKS} blocks and at most {MAX_VISITS} visits")
     return tuple(blocks), tuple(visits)
@@ -483,9 +498,10 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     "baseline": Preset(
-        "the challenge's naive baseline; documents are isolated, DOC_ISOLATION=0 is the published habit",
+        "the challenge's naive baseline; mended: documents are isolated (DOC_ISOLATION=0 is the published habit), "
+        "int8 steps have no floor",
         "openai/parameter-golf, root script: 1.2244 BPB",
-        {"NORM_EPS": 0.0078125, "SHUFFLE": False, "CODEC": "zlib", "EVAL": "contiguous"},
+        {"NORM_EPS": 1.1920929e-07, "SHUFFLE": False, "CODEC": "zlib", "EVAL": "contiguous"},
         {"tiny": {"STACK": "A4", "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 50,
                   "WARMDOWN_ITERS": 100}}),
     "sixteen": Preset(
@@ -510,10 +526,11 @@ PRESETS: dict[str, Preset] = {
 OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("a CPU in minutes, on the embedded WikiText-2", {
         "DATA_PATH": "./data/datasets/wikitext2_sp2048", "VOCAB_SIZE": 2048,
-        "MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2,
-        "TRAIN_BATCH_TOKENS": 8192, "MICRO_BATCH_TOKENS": 4096, "TRAIN_SEQ_LEN": 256, "MAX_WALLCLOCK_SECONDS": 180.0,
-        "TRAIN_LOG_EVERY": 20, "VAL_LOSS_EVERY": 150, "CHECKPOINT_SECONDS": 20.0, "SYNC_CHECK_EVERY": 50,
-        "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 256, "EVAL_BATCH_TOKENS": 8192}),
+        "MODEL_DIM": 192, "NUM_HEADS": 3, "NUM_KV_HEADS": 1,
+        "TRAIN_BATCH_TOKENS": 4096, "MICRO_BATCH_TOKENS": 2048, "TRAIN_SEQ_LEN": 256,
+        "MAX_WALLCLOCK_SECONDS": 180.0, "RESERVE_SECONDS": 5.0,
+        "TRAIN_LOG_EVERY": 50, "VAL_LOSS_EVERY": 300, "CHECKPOINT_SECONDS": 20.0,
+        "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 256, "EVAL_BATCH_TOKENS": 4096}),
     "one_gpu": ("the work of eight GPUs on one: eight times the seconds", {
         "MAX_WALLCLOCK_SECONDS": 4800.0, "EVAL_BUDGET_SECONDS": 4800.0}),
 }
@@ -533,15 +550,15 @@ def _layer(values: Mapping[str, Any], origin: str, faults: list[str]) -> dict[st
     return typed
 
 
-def _saved_settings(folder: str) -> dict[str, Any]:
-    """The settings of the run folder FROM names, without those that concern one launch only."""
-    path = Path(folder) / "config.json"
+def _saved_settings(folder: Path, whose: str) -> dict[str, Any]:
+    """The settings in the config.json of a run folder, without those that concern one launch only."""
+    path = folder / "config.json"
     try:
         saved = json.loads(path.read_text())["settings"]
         return {name: value for name, value in saved.items()
                 if name in SETTINGS and SETTINGS[name][1].metadata["scope"] != "run"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"FROM={folder}: must be a run folder with a readable config.json ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{whose}: must be a run folder with a readable config.json ({error})") from None
 
 
 def _user_settings(words: Iterable[str], env: Mapping[str, str], faults: list[str]) -> dict[str, tuple[str, str]]:
@@ -552,6 +569,8 @@ def _user_settings(words: Iterable[str], env: Mapping[str, str], faults: list[st
             given[name] = (text, "environment")
         elif name in RENAMED:
             faults.append(f"{name}={text}: not a setting here: {RENAMED[name]}")
+        elif name in ORDINARY_NAMES:
+            continue
         elif near := difflib.get_close_matches(name, SETTINGS, 1, 0.85):
             faults.append(f"{name}={text}: not a setting; did you mean {near[0]}?")
     for word in words:
@@ -571,14 +590,21 @@ def _user_settings(words: Iterable[str], env: Mapping[str, str], faults: list[st
 def _system_layers(user: dict[str, tuple[Any, str]], gpus: int, faults: list[str]) -> dict[str, tuple[Any, str]]:
     """The settings that come from preset, overlay, packed recipe and FROM, later ones winning."""
     base = {name: field.default for name, (_, field) in SETTINGS.items()}
-    pick = {name: user.get(name, (base[name], ""))[0] for name in ("PRESET", "OVERLAY", "FROM")}
-    saved = _saved_settings(pick["FROM"]) if pick["FROM"] else {}
+    names = ("PRESET", "OVERLAY", "FROM", "STAGES", "RUN_ID", "RUNS_PATH")
+    pick = {name: user.get(name, (base[name], ""))[0] for name in names}
+    saved, whose = {}, f"FROM={pick['FROM']}"
+    if pick["FROM"]:
+        saved = _saved_settings(Path(pick["FROM"]), whose)
+    elif pick["RUN_ID"] and "train" not in pick["STAGES"]:
+        # An old run without training is that run: its settings are taken from its own folder.
+        whose = f"RUN_ID={pick['RUN_ID']}"
+        saved = _saved_settings(Path(pick["RUNS_PATH"]) / pick["RUN_ID"], whose)
     fixed = {**BAKED, **saved}
     for name in ("PRESET", "OVERLAY"):
         if name in fixed:
             if name in user and pick[name] not in (fixed[name], "auto"):
-                whose = "FROM" if name in saved else "the packed file"
-                faults.append(f"{name}={pick[name]}: {whose} was made with {name}={fixed[name]}")
+                faults.append(f"{name}={pick[name]}: {whose if name in saved else 'the packed file'} was made with "
+                              f"{name}={fixed[name]}")
             pick[name] = fixed[name]
     if pick["PRESET"] not in PRESETS:
         faults.append(f"PRESET={pick['PRESET']}: must be one of {', '.join(PRESETS)}")
@@ -593,7 +619,7 @@ def _system_layers(user: dict[str, tuple[Any, str]], gpus: int, faults: list[str
     if overlay:
         layers |= _layer(OVERLAYS[overlay][1], f"overlay {overlay}", faults)
         layers |= _layer(preset.under.get(overlay, {}), f"preset {pick['PRESET']} under {overlay}", faults)
-    layers |= _layer(BAKED, "packed file", faults) | _layer(saved, f"run {pick['FROM']}", faults)
+    layers |= _layer(BAKED, "packed file", faults) | _layer(saved, whose, faults)
     chosen = {name: (pick[name], user[name][1] if name in user else "chosen") for name in ("PRESET", "OVERLAY")}
     return layers | chosen
 
@@ -616,8 +642,16 @@ def load_config(words: Iterable[str], env: Mapping[str, str], gpus: int | None =
                             if setting_name(field) in layers}) for owner, cls in GROUPS.items()}
     config = Config(**groups, origins={name: origin for name, (value, origin) in layers.items()
                                        if value != SETTINGS[name][1].default})
-    parse_stack(config.model.stack)
     faults += [text.format(**config._asdict()) for holds, text in RULES if not holds(config)]
+    blocks, _ = parse_stack(config.model.stack)
+    for block in () if faults else blocks:
+        heads, kv = (int(block.overrides.get(key, getattr(config.model, name)))
+                     for key, name in (("heads", "num_heads"), ("kv", "num_kv_heads")))
+        channels, rest = divmod(config.model.model_dim, heads)
+        if rest or channels % 2 or heads % kv or config.model.rope_dims > channels:
+            raise ConfigError(f"STACK={config.model.stack}: heads={heads} kv={kv}: heads must divide "
+                              f"MODEL_DIM={config.model.model_dim} into even parts of at least "
+                              f"ROPE_DIMS={config.model.rope_dims} channels, and kv must divide heads")
     if faults:
         raise ConfigError("\n".join(faults))
     return config
@@ -724,7 +758,7 @@ def make_world(env: Mapping[str, str]) -> World:
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
-                                timeout=timedelta(minutes=30))
+                                timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)
 
 
@@ -778,6 +812,8 @@ class Log:
         if folder is not None:
             self.text = open(folder / "train.log", "a", encoding="utf-8", buffering=1)
             self.events = open(folder / "events.jsonl", "a", encoding="utf-8", buffering=1)
+            if self.events.tell() and (folder / "events.jsonl").read_bytes()[-1:] != b"\n":
+                self.events.write("\n")
 
     def line(self, text: str = "") -> None:
         """One line or several to the terminal and to train.log."""
@@ -798,6 +834,17 @@ class Log:
         for file in (self.text, self.events):
             if file is not None:
                 file.close()
+
+
+def read_json_object(path: Path, whose: str) -> dict[str, Any]:
+    """The JSON object in a file of a run folder; ConfigError, naming `whose` it is, when it is absent or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or not isinstance(value.get("settings", {}), dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{whose}: {path} cannot be read ({error})") from None
+    return value
 
 
 def git_commit(folder: Path) -> str:
@@ -927,6 +974,26 @@ class Data(NamedTuple):
     tokenizer_sha256: str
 
 
+def _check_manifest(manifest: Any) -> None:
+    """KeyError, TypeError or ValueError unless every field that is used below is there and has its type."""
+    tokenizer, val, train, disjoint = (manifest[key] for key in ("tokenizer", "val", "train", "disjoint"))
+    wanted = [(manifest, "source", str), (manifest, "byte_rule", str), (tokenizer, "path", str),
+              (tokenizer, "sha256", str), (tokenizer, "vocab_size", int), (tokenizer, "lossless", bool),
+              (val, "documents", int), (val, "tokens", int), (val, "counted_bytes", int), (train, "tokens", int),
+              (disjoint, "common", int)]
+    for entry in (*train["shards"], *val["shards"], *val["sidecars"]):
+        wanted += [(entry, "file", str), (entry, "tokens", int), (entry, "sha256", str)]
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError(f"{entry['file']} is not a plain file name")
+    for owner, key, kind in wanted:
+        if type(owner[key]) is not kind:
+            raise ValueError(f"{key} must be of type {kind.__name__}")
+    if not train["shards"] or not val["shards"] or (manifest["byte_rule"] == "sidecar") != bool(val["sidecars"]):
+        raise ValueError("training and validation need shards, and the byte rule sidecar needs sidecars")
+    if tokenizer["lossless"] and manifest["source"] in ("wikitext2", "text") and type(val["bytes"]) is not int:
+        raise ValueError("the bytes of the validation documents must be known")
+
+
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """manifest.json and its sha256; ConfigError when absent, unreadable or of another format."""
     path = folder / "manifest.json"
@@ -935,50 +1002,53 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         raw = path.read_bytes()
         manifest = json.loads(raw)
-        shards = [entry for split in ("train", "val") for entry in manifest[split]["shards"]]
-        shards += manifest["val"].get("sidecars", [])
-        for entry in shards:
-            if Path(entry["file"]).name != entry["file"] or not isinstance(entry["tokens"], int):
-                raise ValueError(f"entry {entry}")
-        for key in ("path", "sha256", "vocab_size", "lossless"):
-            manifest["tokenizer"][key]
-        manifest["val"]["counted_bytes"], manifest["disjoint"]["common"], manifest["byte_rule"], manifest["source"]
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise ConfigError(f"DATA_PATH={path}: format {manifest['format']}, must be {MANIFEST_FORMAT}")
+        _check_manifest(manifest)
     except OSError as error:
         raise ConfigError(f"DATA_PATH={folder}: manifest.json cannot be read ({error.strerror}); "
                           "`python data/prepare.py manifest` makes one for shards that are there") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"DATA_PATH={path}: not a manifest ({error!r})") from None
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise ConfigError(f"DATA_PATH={path}: format {manifest.get('format')}, must be {MANIFEST_FORMAT}")
-    if manifest["disjoint"]["common"] != 0 and not manifest["source"].startswith("fineweb"):
-        raise ConfigError(f"DATA_PATH={path}: {manifest['disjoint']['common']} validation documents are in the "
-                          "training shards; must be 0")
+    common = manifest["disjoint"]["common"]
+    # Only shards that were downloaded from the challenge's own repositories may repeat a document, as published.
+    if common != 0 and not manifest["source"].startswith("fineweb ("):
+        raise ConfigError(f"DATA_PATH={path}: {common} validation documents are in the training shards; must be 0")
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
-def _check_hashes(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """ConfigError unless every shard has the size, count and sha256 of the manifest.
+def _check_shards(folder: Path, manifest: dict[str, Any]) -> None:
+    """ConfigError unless every shard has the count and sha256 of the manifest, and no token beyond the vocabulary.
 
-    Hashing many gigabytes takes long, so a file that passed is remembered by size and time in `.verified.json`.
+    Reading many gigabytes takes long, so a file that passed is remembered by size and time in `.verified.json`.
     """
     stamp_path = folder / ".verified.json"
     try:
         known = json.loads(stamp_path.read_text())
     except (OSError, ValueError):
         known = {}
-    seen = {}
-    for entry in entries:
-        path = folder / entry["file"]
-        tokens = len(read_shard(path))
-        if tokens != entry["tokens"]:
-            raise ConfigError(f"DATA_PATH={path}: {tokens} tokens, the manifest says {entry['tokens']}")
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, entry["sha256"]]
-        if known.get(entry["file"]) != stamp and sha256_file(path) != entry["sha256"]:
-            raise ConfigError(f"DATA_PATH={path}: sha256 differs from the manifest's {entry['sha256'][:16]}...")
-        seen[entry["file"]] = stamp
-    if seen != known and os.access(folder, os.W_OK):
-        write_json(stamp_path, seen)
+    seen, vocab_size = {}, manifest["tokenizer"]["vocab_size"]
+    for split, names in (("train", ("shards",)), ("val", ("shards", "sidecars"))):
+        for entry in (entry for name in names for entry in manifest[split].get(name, [])):
+            path = folder / entry["file"]
+            tokens = read_shard(path)
+            if len(tokens) != entry["tokens"]:
+                raise ConfigError(f"DATA_PATH={path}: {len(tokens)} tokens, the manifest says {entry['tokens']}")
+            status = path.stat()
+            stamp = [status.st_size, status.st_mtime_ns, entry["sha256"], vocab_size]
+            if known.get(entry["file"]) != stamp:
+                if sha256_file(path) != entry["sha256"]:
+                    raise ConfigError(f"DATA_PATH={path}: sha256 differs from the manifest's {entry['sha256'][:16]}...")
+                if entry not in manifest["val"]["sidecars"] and int(tokens.max()) >= vocab_size:
+                    raise ConfigError(f"DATA_PATH={path}: token {tokens.max()} is beyond VOCAB_SIZE={vocab_size}")
+            seen[entry["file"]] = stamp
+        total = sum(entry["tokens"] for entry in manifest[split]["shards"])
+        if total != manifest[split]["tokens"]:
+            raise ConfigError(f"DATA_PATH={folder}: the {split} shards have {total} tokens, the manifest says "
+                              f"{manifest[split]['tokens']}")
+    if seen != known:
+        with contextlib.suppress(OSError):
+            write_json(stamp_path, seen)
 
 
 def _count_validation_bytes(manifest: dict[str, Any], folder: Path, tokenizer: Any, tokens: np.ndarray) -> np.ndarray:
@@ -1007,9 +1077,8 @@ def load_data(settings: DataSettings, world: World) -> Data:
     fault = ""
     if world.first:
         try:
-            _check_hashes(folder, [*manifest["train"]["shards"], *manifest["val"]["shards"],
-                                    *manifest["val"].get("sidecars", [])])
-        except ConfigError as error:
+            _check_shards(folder, manifest)
+        except (ConfigError, OSError) as error:
             fault = str(error)
     if fault := world.same(fault):
         raise ConfigError(fault)
@@ -1023,6 +1092,9 @@ def load_data(settings: DataSettings, world: World) -> Data:
     if tokens[0] != BOS or tokens.max() >= settings.vocab_size or len(tokens) < 2:
         raise ConfigError(f"DATA_PATH={folder}: validation must begin with BOS={BOS}, have two tokens or more and none "
                           f"from VOCAB_SIZE={settings.vocab_size} up; the largest is {tokens.max()}")
+    if int((tokens == BOS).sum()) != manifest["val"]["documents"]:
+        raise ConfigError(f"DATA_PATH={folder}: validation has {(tokens == BOS).sum()} documents, the manifest says "
+                          f"{manifest['val']['documents']}")
     counts = _count_validation_bytes(manifest, folder, tokenizer, tokens)
     train = TokenStream([read_shard(folder / entry["file"]) for entry in manifest["train"]["shards"]])
     val = Validation(tokens, counts, int((tokens == BOS).sum()), bool(manifest["tokenizer"]["lossless"]))
@@ -1367,9 +1439,6 @@ class Attention(nn.Module):
         width = settings.model_dim
         self.heads = int(block.overrides.get("heads", settings.num_heads))
         self.kv_heads = int(block.overrides.get("kv", settings.num_kv_heads))
-        if width % self.heads or self.heads % self.kv_heads or (width // self.heads) % 2:
-            raise ConfigError(f"STACK={settings.stack}: heads={self.heads} kv={self.kv_heads}: heads must divide "
-                              f"MODEL_DIM={width} into even parts and kv must divide heads")
         channels = width // self.heads
         self.dims, self.base, self.eps = settings.rope_dims or channels, settings.rope_base, settings.norm_eps
         self.attend = attend
@@ -1583,6 +1652,20 @@ def init_weights(model: GPT, seed: int) -> None:
             parameter.copy_(fresh)
 
 
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Copy weights into the model, strictly: ConfigError naming tensors that are missing, extra or of another shape."""
+    own = dict(model.named_parameters())
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} is not in the model" for name in weights if name not in own]
+    faults += [f"{name} is {tuple(weights[name].shape)}, must be {tuple(own[name].shape)}" for name in own
+               if name in weights and weights[name].shape != own[name].shape]
+    if faults:
+        raise ConfigError(f"{what}: does not fit the model: {'; '.join(faults[:5])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
 def count_roles(model: nn.Module) -> dict[str, int]:
     """Parameters by role."""
     counts: dict[str, int] = {}
@@ -1684,10 +1767,11 @@ def adamw_update_(parameters: list[Tensor], grads: list[Tensor], firsts: list[Te
 
 
 class Progress(NamedTuple):
-    """Where training stands: steps done, fraction done (0..1), steps that are left at this pace."""
+    """Where training stands: steps done, fraction done (0..1), steps left at this pace, seconds left of the budget."""
     step: int
     frac: float
     steps_left: float
+    seconds_left: float = math.inf
 
 
 def rate_factor(settings: OptimSettings, progress: Progress) -> float:
@@ -1847,7 +1931,11 @@ def pick_compile(choice: str, device: torch.device, seconds: float, graphs: int)
     if choice == "0":
         return False, "COMPILE=0"
     if device.type == "cuda":
-        return True, "a GPU"
+        lacking = [what for what, there in (("triton", importlib.util.find_spec("triton")),
+                                            ("a C compiler", shutil.which("gcc") or shutil.which("cc"))) if not there]
+        if lacking and choice == "1":
+            raise ConfigError(f"COMPILE=1: on a GPU needs {' and '.join(lacking)}, not found")
+        return not lacking, f"a GPU without {' and '.join(lacking)}" if lacking else "a GPU"
     needed = COMPILE_REPAYS_SECONDS * graphs
     if choice == "auto" and 0 < seconds < needed:
         return False, f"{seconds:g} s of training do not repay {graphs} cold graphs, {needed:g} s would"
@@ -1860,6 +1948,11 @@ def pick_compile(choice: str, device: torch.device, seconds: float, graphs: int)
 def make_compiled(function: Callable[..., Tensor], on: bool) -> Callable[..., Tensor]:
     """The function through torch.compile as one graph, or as it is. The only caller of torch.compile."""
     return torch.compile(function, fullgraph=True, dynamic=False) if on else function
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 class Checkpoint(NamedTuple):
@@ -1895,7 +1988,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except ConfigError:
         raise
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, TypeError, ValueError, KeyError, EOFError,
-            NotImplementedError) as error:
+            NotImplementedError, pickle.UnpicklingError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged ({first}); delete it to train again") from None
 
@@ -1964,49 +2057,67 @@ class Trainer:
         self.coverage = Coverage(model)
         self.losses: list[Callable[..., Tensor]] = []
         self.board: Any = None
+        self.writer, self.saving = ThreadPoolExecutor(1), None
 
     # -- set-up
 
     def resume(self) -> bool:
         """Continue from checkpoint.pt when there is one; True when training was finished already. Under a wall clock
         the seconds that were spent after the checkpoint count."""
-        path = self.folder / "checkpoint.pt"
+        path, timed = self.folder / "checkpoint.pt", bool(self.config.train.max_wallclock_seconds)
+        logged, had_checkpoint = self._logged()
         if not path.exists():
+            # Killed before its first checkpoint; a checkpoint that was written and is gone was deleted to start anew.
+            spent = 0.0 if had_checkpoint else self.world.same(logged)
+            if spent:
+                self.log.line(f"restarted: killed before its first checkpoint, train_time:{spent * 1000:.0f}ms spent")
+                self.log.event("resume", step=0, train_seconds=spent if timed else 0.0)
+            self.log.event("start")
+            self.watch.spent = self.saved_at = self.resumed_at = spent if timed else 0.0
             return False
         held = load_checkpoint(path)
         if held.config_hash != self.config.digest():
             raise ConfigError(f"RUN_ID={self.folder.name}: {path} was made with other settings; use another RUN_ID")
         if held.data_hash != self.data.manifest_sha256:
             raise ConfigError(f"DATA_PATH={self.config.data.data_path}: {path} was made with another dataset")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(held.weights[name])
-                for kind, tensor in self.optimizer.state[name].items():
-                    tensor.copy_(held.state[name][kind])
-                if self.average.decay:
-                    self.average.shadow[name].copy_(held.average[name])
+        load_weights(self.model, held.weights, f"RUN_ID={self.folder.name}: {path}")
+        if {name: set(kinds) for name, kinds in held.state.items()} != {
+                name: set(kinds) for name, kinds in self.optimizer.state.items()}:
+            raise ConfigError(f"RUN_ID={self.folder.name}: {path} holds the state of another optimizer")
+        for name, kinds in self.optimizer.state.items():
+            for kind, tensor in kinds.items():
+                tensor.copy_(held.state[name][kind])
+            if self.average.decay:
+                self.average.shadow[name].copy_(held.average[name])
         self.optimizer.counts.update(held.counts)
         self.step, self.last_loss, self.finished = held.step, held.last_loss, held.finished
-        seconds = held.seconds
-        if self.config.train.max_wallclock_seconds and not held.finished:
-            seconds = max(seconds, self._logged_seconds())
-        self.watch.spent = self.saved_at = self.world.same(seconds)
+        seconds = max(held.seconds, logged) if timed and not held.finished else held.seconds
+        self.watch.spent = self.saved_at = self.resumed_at = self.world.same(seconds)
+        self.slowest = seconds / max(1, self.step)
         self.log.line(f"resumed:{path} step:{self.step} train_time:{self.watch.spent * 1000:.0f}ms"
                       + (" (training was finished)" if held.finished else ""))
         self.log.event("resume", step=self.step, train_seconds=self.watch.spent)
-        self.resumed_at = self.watch.spent
         return self.finished
 
-    def _logged_seconds(self) -> float:
-        """The last training second that events.jsonl knows of."""
-        seconds = 0.0
+    def _logged(self) -> tuple[float, bool]:
+        """The last training second that events.jsonl knows of since the run's last start, and whether it wrote a
+        checkpoint since. A line that a kill cut short counts for nothing."""
+        seconds, written = 0.0, False
         try:
-            for line in (self.folder / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-                if '"train_seconds"' in line and line.endswith("}"):
-                    seconds = max(seconds, float(json.loads(line).get("train_seconds", 0.0)))
+            lines = (self.folder / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
-            return 0.0
-        return seconds
+            return seconds, written
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if event.get("event") == "start":
+                # The seconds of a start that never reached a checkpoint stay spent.
+                seconds, written = (0.0, False) if written else (seconds, False)
+            seconds = max(seconds, float(event.get("train_seconds", 0.0)))
+            written = written or event.get("event") == "checkpoint"
+        return seconds, written
 
     def warm_up(self) -> None:
         """Compile and run every phase on random tokens before the clock starts; no weight changes."""
@@ -2025,6 +2136,8 @@ class Trainer:
             self.coverage.saw_phase()
         self.model.zero_grad(set_to_none=True)
         self.coverage.check_phases()
+        self.graphs = compiled_graphs() if self.compiled else 0
+        self.batches.micro(self.step * self.micros, self.world)
         self.log.line(f"warmup:{settings.warmup_steps} passes of {len(self.losses)} plans "
                       f"in {self.log.clock() - began:.1f}s, not timed")
 
@@ -2033,14 +2146,14 @@ class Trainer:
     def progress(self) -> Progress:
         """Where training stands by rank 0's clock or, without a budget, by steps."""
         settings = self.config.train
-        frac, left = self.step / settings.iterations, float(settings.iterations - self.step)
+        frac, left, room = self.step / settings.iterations, float(settings.iterations - self.step), math.inf
         budget = settings.max_wallclock_seconds - settings.reserve_seconds
         if settings.max_wallclock_seconds:
             seconds, self.slowest = self.world.same((self.watch.seconds(), self.slowest))
-            frac = max(frac, min(1.0, seconds / budget))
+            frac, room = max(frac, min(1.0, seconds / budget)), max(0.0, budget - seconds)
             if self.step:
-                left = min(left, max(0.0, budget - seconds) / max(seconds / self.step, 1e-9))
-        return Progress(self.step, frac, left)
+                left = min(left, room / max(seconds / self.step, 1e-9))
+        return Progress(self.step, frac, left, room)
 
     def gradients(self, phase: int) -> tuple[float, float]:
         """Fill the gradients of the global batch; returns its mean loss in nats and the gradient norm."""
@@ -2116,24 +2229,29 @@ class Trainer:
         self.watch.start()
 
     def save(self, finished: bool) -> None:
-        """Write the checkpoint on rank 0."""
-        if self.world.first:
-            weights = {name: p.detach().cpu() for name, p in self.model.named_parameters()}
-            average = {name: tensor.cpu() for name, tensor in self.average.shadow.items()}
-            state = {name: {kind: tensor.cpu() for kind, tensor in kinds.items()}
-                     for name, kinds in self.optimizer.state.items()}
-            save_checkpoint(self.folder / "checkpoint.pt", Checkpoint(
-                self.step, self.watch.seconds(), finished, self.last_loss, self.config.digest(),
-                self.data.manifest_sha256, weights, average, state, self.optimizer.counts))
+        """Write the checkpoint on rank 0: copied here, written beside the next steps. The last one is waited for."""
         self.saved_at = self.watch.seconds()
+        if not self.world.first:
+            return
+        if self.saving is not None:
+            self.saving.result()
+        weights = {name: p.detach().clone().cpu() for name, p in self.model.named_parameters()}
+        average = {name: tensor.clone().cpu() for name, tensor in self.average.shadow.items()}
+        state = {name: {kind: tensor.clone().cpu() for kind, tensor in kinds.items()}
+                 for name, kinds in self.optimizer.state.items()}
+        held = Checkpoint(self.step, self.saved_at, finished, self.last_loss, self.config.digest(),
+                          self.data.manifest_sha256, weights, average, state, dict(self.optimizer.counts))
+        self.saving = self.writer.submit(self._write, held)
+        if finished:
+            self.saving.result()
+
+    def _write(self, held: Checkpoint) -> None:
+        save_checkpoint(self.folder / "checkpoint.pt", held)
+        self.log.event("checkpoint", step=held.step)
 
     def must_stop(self, progress: Progress) -> bool:
         """True when the steps are done, or one more step as slow as the slowest of late would not fit the budget."""
-        settings = self.config.train
-        if self.step >= settings.iterations or progress.frac >= 1:
-            return True
-        left = (1 - progress.frac) * (settings.max_wallclock_seconds - settings.reserve_seconds)
-        return bool(settings.max_wallclock_seconds) and left < self.slowest
+        return self.step >= self.config.train.iterations or progress.seconds_left <= self.slowest
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the `train` part of result.json."""
@@ -2190,6 +2308,8 @@ class Trainer:
             self.log.bar = None
         if self.board is not None:
             self.board.close()
+        if self.compiled and compiled_graphs() > self.graphs:
+            self.log.line(f"recompiled: {compiled_graphs() - self.graphs} graphs after the warm-up, inside the clock")
         if self.step < settings.iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{self.watch.seconds() * 1000:.0f}ms "
                           f"step:{self.step}/{settings.iterations}")
@@ -2244,9 +2364,12 @@ def _pack_zstd(symbols: np.ndarray) -> bytes:
 
 def _unpack_zstd(blob: bytes, count: int) -> bytes:
     zstandard = _need("zstandard", "zstd")
-    if zstandard.frame_content_size(blob) != count:
-        raise ValueError(f"the frame declares {zstandard.frame_content_size(blob)} symbols")
-    return zstandard.ZstdDecompressor().decompress(blob, max_output_size=count)
+    try:
+        if zstandard.frame_content_size(blob) != count:
+            raise ValueError(f"the frame declares {zstandard.frame_content_size(blob)} symbols, not {count}")
+        return zstandard.ZstdDecompressor().decompress(blob, max_output_size=count)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"zstd: {error}") from None
 
 
 def _pack_brotli(symbols: np.ndarray) -> bytes:
@@ -2254,13 +2377,17 @@ def _pack_brotli(symbols: np.ndarray) -> bytes:
 
 
 def _unpack_brotli(blob: bytes, count: int) -> bytes:
-    decoder = _need("brotli", "brotli").Decompressor()
-    out = decoder.process(blob, output_buffer_limit=count + 1)
-    while len(out) <= count and not decoder.is_finished():
-        more = decoder.process(b"", output_buffer_limit=count + 1 - len(out))
-        if not more:
-            break
-        out += more
+    brotli = _need("brotli", "brotli")
+    decoder = brotli.Decompressor()
+    try:
+        out = decoder.process(blob, output_buffer_limit=count + 1)
+        while len(out) <= count and not decoder.is_finished():
+            more = decoder.process(b"", output_buffer_limit=count + 1 - len(out))
+            if not more:
+                break
+            out += more
+    except brotli.error as error:
+        raise ValueError(f"brotli: {error}") from None
     return out
 
 
@@ -2479,20 +2606,6 @@ def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ConfigError(f"RUN_ID={path.parent.name}: {path}: {error}") from None
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Copy weights into the model, strictly: ConfigError naming tensors that are missing, extra or of another shape."""
-    own = dict(model.named_parameters())
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} is not in the model" for name in weights if name not in own]
-    faults += [f"{name} is {tuple(weights[name].shape)}, must be {tuple(own[name].shape)}" for name in own
-               if name in weights and weights[name].shape != own[name].shape]
-    if faults:
-        raise ConfigError(f"{what}: does not fit the model: {'; '.join(faults[:5])}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
-
-
 def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
     """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer."""
     return {"model": dataclasses.asdict(settings), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
@@ -2568,9 +2681,15 @@ def plan_sliding(count: int, settings: EvalSettings) -> list[Window]:
     return windows
 
 
-EVALUATORS: dict[str, Callable[[int, EvalSettings], list[Window]]] = {
-    "contiguous": plan_contiguous,
-    "sliding": plan_sliding,
+class Evaluator(NamedTuple):
+    """An evaluator: how it cuts the stream into windows, and its name in the challenge's closing lines."""
+    plan: Callable[[int, EvalSettings], list[Window]]
+    label: str
+
+
+EVALUATORS: dict[str, Evaluator] = {
+    "contiguous": Evaluator(plan_contiguous, "roundtrip"),
+    "sliding": Evaluator(plan_sliding, "sliding_window"),
 }
 
 
@@ -2650,7 +2769,7 @@ def score(kind: str, model: GPT, val: Validation, config: Config, world: World, 
     i goes to rank i mod size, whole, and the batches' sums are added in their order."""
     began = clock()
     settings, count = config.eval, len(val.tokens)
-    windows = EVALUATORS[kind](count, settings)
+    windows = EVALUATORS[kind].plan(count, settings)
     rows = max(1, settings.eval_batch_tokens // settings.eval_seq_len)
     stream = torch.from_numpy(val.tokens).to(world.device)
     docs = document_index(stream) if config.data.doc_isolation else None
@@ -2685,7 +2804,8 @@ class Run:
         self.config, self.world, self.threads, self.compiled = config, world, threads, compiled
         name = config.run.run_id or f"{config.run.preset}_{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.run.runs_path) / world.same(name)
-        self.source = Path(config.run.from_) if config.run.from_ else self.folder
+        fresh = "train" in config.run.stages or not config.run.from_
+        self.source = self.folder if fresh else Path(config.run.from_)
         self.result: dict[str, Any] = {}
         self.clock = time.monotonic
         fault = ""
@@ -2696,38 +2816,41 @@ class Run:
                 fault = str(error) if isinstance(error, ConfigError) else user_line(error, str(self.folder))
         if fault := world.same(fault):
             raise ConfigError(fault)
+        if not all(world.gather((self.folder / "config.json").exists())):
+            raise ConfigError(f"RUNS_PATH={config.run.runs_path}: must be on a file system that all nodes share")
         self.log = Log(self.folder if world.first else None, self.clock)
         self.kernels, self.kernel_lines = pick_kernels(config.system.kernels, world.device)
         self.dtype = pick_dtype(config.system.compute_dtype, world.device)
         self.dataset: Data | None = None
 
     def _open_folder(self) -> None:
-        """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script."""
+        """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script.
+
+        A run folder belongs to one configuration and one source, so that nothing in it can be mistaken for another's.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "config.json"
+        path, code = self.folder / "config.json", self.folder / "train_gpt.py"
         values = {name: list(value) if isinstance(value, tuple) else value
                   for name, value in self.config.flat().items()}
-        if path.exists() and "train" in self.config.run.stages:
-            try:
-                old = json.loads(path.read_text())["settings"]
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"RUN_ID={self.folder.name}: {path} is damaged; use another RUN_ID") from None
+        if path.exists():
+            old = read_json_object(path, f"RUN_ID={self.folder.name}").get("settings", {})
             changed = [f"{name}={old.get(name)} -> {value}" for name, value in values.items()
-                       if SETTINGS[name][1].metadata["scope"] != "run" and old.get(name) != value]
+                       if (SETTINGS[name][1].metadata["scope"] != "run" or name == "FROM") and old.get(name) != value]
             if changed:
                 raise ConfigError(f"RUN_ID={self.folder.name}: that run had other settings ({'; '.join(changed[:4])}); "
-                                  "use another RUN_ID or the same settings")
+                                  "use another RUN_ID, or FROM= to go on from it")
         kept = self.folder / "result.json"
         if kept.exists():
-            self.result = json.loads(kept.read_text())
+            self.result = read_json_object(kept, f"RUN_ID={self.folder.name}")
         elif self.source != self.folder and (self.source / "result.json").exists():
-            before = json.loads((self.source / "result.json").read_text())
+            before = read_json_object(self.source / "result.json", f"FROM={self.source}")
             self.result = {key: before[key] for key in ("train", "artifact") if key in before}
-        write_json(path, {"settings": values, "config_hash": self.config.digest(),
-                          "world": environment_facts(self.world, self.threads)})
-        code = self.folder / "train_gpt.py"
-        if not (code.exists() and code.samefile(__file__)):
+        if not path.exists():
+            write_json(path, {"settings": values, "config_hash": self.config.digest(),
+                              "world": environment_facts(self.world, self.threads)})
+        if not code.exists():
             write_atomic(code, Path(__file__).read_bytes())
+        self.other_code = sha256_file(code) != sha256_file(__file__)
 
     def data(self) -> Data:
         """The dataset, loaded and checked once."""
@@ -2827,7 +2950,7 @@ def stage_write(run: Run) -> None:
 def _loaded(run: Run) -> GPT:
     """The model of the artifact on disk, and nothing else."""
     path = run.folder / "artifact.bin"
-    if run.source != run.folder and "write" not in run.config.run.stages and run.world.first and not path.exists():
+    if run.source != run.folder and "write" not in run.config.run.stages and run.world.first:
         try:
             write_atomic(path, (run.source / "artifact.bin").read_bytes())
         except FileNotFoundError:
@@ -2864,12 +2987,14 @@ def stage_evaluate(run: Run) -> None:
     config, began = run.config, run.clock()
     model = _loaded(run)
     scores: dict[str, Any] = {}
-    ledger: dict[str, Any] = {}
-    names = {"contiguous": "roundtrip", "sliding": "sliding_window"}
+    ledger: dict[str, Any] = {"updates": 0, "journals": {}}
     for kind in config.eval.eval:
         found = run.score(kind, model)
-        scores[kind], ledger = found.entry(), found.ledger
-        label = f"final_int{config.artifact.matrix_bits}_{config.artifact.codec}_{names[kind]}"
+        scores[kind] = found.entry()
+        ledger |= {"targets": found.ledger["targets"], "updates": ledger["updates"] + found.ledger["updates"],
+                   "scored_once": ledger.get("scored_once", True) and found.ledger["scored_once"]}
+        ledger["journals"][kind] = found.ledger["journal_sha256"]
+        label = f"final_int{config.artifact.matrix_bits}_{config.artifact.codec}_{EVALUATORS[kind].label}"
         entry = scores[kind]
         run.log.line(f"{label} val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f} "
                      f"eval_time:{found.seconds * 1000:.0f}ms")
@@ -2883,6 +3008,7 @@ def stage_evaluate(run: Run) -> None:
         scores["float"] = run.score("contiguous", model).entry()
         run.log.line(f"diagnostic pre-quantization val_loss:{scores['float']['val_loss']:.4f} "
                      f"val_bpb:{scores['float']['val_bpb']:.4f}")
+    ledger["journal_sha256"] = hashlib.sha256(" ".join(ledger["journals"].values()).encode()).hexdigest()
     run.log.line(f"ledger: targets:{ledger['targets']} scored_once:{ledger['scored_once']} updates:{ledger['updates']}")
     run.log.line(f"total_eval_time: {seconds:.1f}s")
     run.keep(scores=scores, ledger=ledger, eval_seconds=seconds)
@@ -3060,15 +3186,22 @@ def run_stages(config: Config, env: Mapping[str, str]) -> None:
         line(f"compile:{int(compiled)} ({reason})")
         for text in run.kernel_lines:
             line(text)
+        if world.first and run.other_code:
+            line("declared: this script differs from the train_gpt.py that the run folder began with")
         if not config.data.doc_isolation:
             line("declared mode: DOC_ISOLATION=0, tokens attend to earlier documents as in the published baseline")
+        same = world.gather((config.digest(), sha256_file(__file__), run.data().manifest_sha256))
+        if odd := [rank for rank, facts in enumerate(same) if facts != same[0]]:
+            raise ConfigError(f"WORLD_SIZE={world.size}: rank {odd[0]} has other settings, another script or other "
+                              "data than rank 0")
         for stage in config.run.stages:
             STAGES[stage](run)
             world.barrier()
     finally:
         run.log.close()
-        if world.size > 1:
-            dist.destroy_process_group()
+    # Not after a failure: taking a group apart waits for peers that may be waiting for this rank.
+    if world.size > 1:
+        dist.destroy_process_group()
 
 
 def user_line(error: OSError, where: str) -> str:
@@ -3077,6 +3210,14 @@ def user_line(error: OSError, where: str) -> str:
 
 
 USER_ERRNOS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG}
+
+
+OTHER_RANKS_WAIT_SECONDS = 3.0
+
+
+def micro_tokens(config: Config | None) -> str:
+    """MICRO_BATCH_TOKENS for an error line, also where the configuration was not yet resolved."""
+    return str(config.train.micro_batch_tokens) if config else "?"
 
 
 def show(text: str) -> None:
@@ -3089,11 +3230,17 @@ def show(text: str) -> None:
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """The command line; returns the exit code."""
-    first = env.get("RANK", "0") == "0"
+    rank, size = env.get("RANK", "0"), int(env.get("WORLD_SIZE", "1"))
 
     def refuse(error: object, code: int) -> int:
-        if first or code == 1:
-            print(error, file=sys.stderr)
+        if rank != "0":
+            # What fails on all ranks is printed by rank 0, and the launcher ends the others within this time.
+            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        if size > 1:
+            # At once, without taking the process group apart: the launcher then ends the ranks that wait for this one.
+            sys.stdout.flush()
+            os._exit(code)
         return code
 
     words = [word for word in argv if not word.startswith("-")]
@@ -3103,6 +3250,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     if "--help" in flags or "--presets" in flags:
         show(help_text() if "--help" in flags else presets_text())
         return 0
+    config = None
     try:
         config = load_config(words, env)
         if "--plan" in flags:
@@ -3117,15 +3265,23 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         return refuse(error, 2)
     except CheckError as error:
         return refuse(error, 3)
+    except KeyboardInterrupt:
+        return refuse("interrupted: the same RUN_ID resumes from the last checkpoint", 130)
     except torch.OutOfMemoryError as error:
-        return refuse(f"MICRO_BATCH_TOKENS={config.train.micro_batch_tokens}: the device ran out of memory "
+        return refuse(f"MICRO_BATCH_TOKENS={micro_tokens(config)}: the device ran out of memory "
                       f"({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS, EVAL_BATCH_TOKENS or MODEL_DIM", 2)
-    except MemoryError:
-        return refuse("MICRO_BATCH_TOKENS: the machine ran out of memory; lower MICRO_BATCH_TOKENS or MODEL_DIM", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            if rank != "0":
+                # Most likely a peer is gone, and the launcher ends this rank within this time.
+                time.sleep(OTHER_RANKS_WAIT_SECONDS)
+            raise
+        return refuse(f"MICRO_BATCH_TOKENS={micro_tokens(config)}: the machine ran out of memory; lower "
+                      "MICRO_BATCH_TOKENS, EVAL_BATCH_TOKENS or MODEL_DIM", 2)
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
-        return refuse(user_line(error, config.run.runs_path), 2)
+        return refuse(user_line(error, config.run.runs_path if config else ""), 2)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,10 @@ def test_every_setting_is_read_somewhere(name):
     (["MATRIX_LR=nan"], "MATRIX_LR=nan: must be at least 0"),
     (["PACK=yes"], "PACK=yes: must be 0 or 1"),
     (["CODEC=zip"], "CODEC=zip: must be one of auto"),
+    (["ITERATIONS=1" + "0" * 400], "must be a whole number"),
     (["STAGES=train,fly"], "STAGES=train,fly: must be some of train"),
     (["EVAL=sliding,sliding"], "EVAL=sliding,sliding: names something twice"),
+    (["EVAL="], "EVAL=: must name at least one of contiguous"),
     (["PRESET=nope"], "PRESET=nope: must be one of baseline"),
     (["OVERLAY=huge"], "OVERLAY=huge: must be auto"),
     (["flag"], "flag: not a NAME=value word"),
@@ -85,6 +87,11 @@ def test_environment_near_miss_and_renamed_names_are_faults():
     load_config([], pod, gpus=0)
 
 
+@pytest.mark.parametrize("stack", ["A{heads=5}", "A{heads=64}", "A{heads=4,kv=3}"])
+def test_overrides_that_do_not_fit_the_width_are_found_before_any_work(stack):
+    assert f"STACK={stack}: heads=" in fault(*(f"{name}={value}" for name, value in {**SMALL, "STACK": stack}.items()))
+
+
 def test_words_win_over_environment():
     assert load_config(["SEED=2"], {"SEED": "1"}, gpus=0).run.seed == 2
 
@@ -118,7 +125,10 @@ def test_stack_order(stack, order):
 @pytest.mark.parametrize("stack", [
     "", "Q", "A{", "A{x=1}", "A{mlp=}", "A0", "(A)", "(A)*0", "(A)*2@1", "(A)*3@0.5*2@0.6", "(A)*2@0.5*3@0.4", "[A]",
     "[A]0",
-    "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*1..4~2", "[A]99999"])
+    "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*1..4~2", "[A]99999",
+    "A99999999999", "A3 A0",
+    "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}",
+    "(A)*2@0.1*3@0.2*4@0.3*5@0.4*6@0.5*7@0.6*8@0.7*9@0.8*10@0.9"])
 def test_bad_stack_is_a_clear_fault(stack):
     with pytest.raises(ConfigError, match="STACK="):
         parse_stack(stack)

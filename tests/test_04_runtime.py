@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from train_gpt import Log, World, git_commit, make_world, stream_seed, user_line, write_atomic
+from train_gpt import Log, World, git_commit, make_world, share_threads, stream_seed, user_line, write_atomic
 
 
 def test_write_atomic_replaces_or_keeps(tmp_path, monkeypatch):
@@ -46,6 +46,21 @@ def test_one_rank_world_is_the_identity():
     tensor = torch.ones(3)
     assert world.add_(tensor) is tensor and world.same(5) == 5 and world.gather(7) == [7]
     assert World(rank=1, size=2).first is False
+
+
+def test_each_keeps_the_order_and_raises_what_a_lane_raised():
+    world = World(lanes=3)
+    assert world.each(lambda n: n * n, list(range(20))) == [n * n for n in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        world.each(lambda n: 1 // n, [1, 0, 2])
+
+
+def test_lanes_share_the_threads_of_a_cpu():
+    before = torch.get_num_threads()
+    for threads, jobs, lanes, each in ((4, 2, 2, 2), (4, 9, 4, 1), (3, 1, 1, 3), (1, 8, 1, 1)):
+        world, count = share_threads(World(), threads, 1, jobs)
+        assert (world.lanes, torch.get_num_threads(), count) == (lanes, each, threads)
+    torch.set_num_threads(before)
 
 
 def test_commit_of_no_repository_is_unknown(tmp_path):

@@ -143,6 +143,14 @@ def test_absent_folder_and_manifest(tmp_path):
     (lambda m: m["train"]["shards"][0].update(file="../x.bin"), "not a manifest"),
     (lambda m: m["tokenizer"].update(sha256="0" * 64), "not the tokenizer of the shards"),
     (lambda m: m.update(byte_rule="guess"), "byte_rule=guess"),
+    (lambda m: m["val"].update(documents=77), "the manifest says 77"),
+    (lambda m: m["train"].update(tokens=5), "the manifest says 5"),
+    (lambda m: m["val"].update(bytes=None), "must be known"),
+    (lambda m: m.update(source=None), "source must be of type str"),
+    (lambda m: m["disjoint"].update(common=1) or m.update(source="fineweb-own"), "must be 0"),
+    (lambda m: m["val"]["shards"].clear(), "need shards"),
+    (lambda m: m["val"]["shards"][0].pop("sha256"), "sha256"),
+    (lambda m: m.update(byte_rule="sidecar"), "needs sidecars"),
 ])
 def test_manifest_that_does_not_match(copy, change, said):
     edit_manifest(copy, change)
@@ -165,6 +173,15 @@ def test_damaged_shard_is_found_even_after_it_was_verified(copy):
     assert "truncated" in refusal(copy)
 
 
+def test_a_token_beyond_the_vocabulary_is_found(copy):
+    path = copy / "fineweb_train_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 50:1024 + 52] = b"\xff\xee"
+    path.write_bytes(raw)
+    edit_manifest(copy, lambda m: m["train"]["shards"][0].update(sha256=sha256_file(path)))
+    assert "is beyond VOCAB_SIZE=384" in refusal(copy)
+
+
 def test_wrong_vocabulary(copy):
     assert "VOCAB_SIZE=512: the tokenizer" in refusal(copy, VOCAB_SIZE=512)
     assert "not a readable SentencePiece model" in refusal(copy, TOKENIZER_PATH=copy / "manifest.json")
@@ -181,7 +198,7 @@ def test_sidecar_replaces_the_tokenizers_count(copy):
              "sha256": sha256_file(copy / "fineweb_val_bytes_000000.bin")}
 
     def change(manifest):
-        manifest.update(byte_rule="sidecar")
+        manifest.update(byte_rule="sidecar", source="elsewhere")
         manifest["val"].update(sidecars=[entry], counted_bytes=int(side.sum()), bytes=int(side.sum()))
     edit_manifest(copy, change)
     assert load_data(settings_for(copy), World()).val.bytes.tolist() == side.tolist()

@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, clean_env, events, launch, make_model, small_config, small_words
 
+import train_gpt
 from train_gpt import (
     CheckError,
     Checkpoint,
     ConfigError,
     Stopwatch,
+    Trainer,
     World,
     check_same_weights,
     load_checkpoint,
@@ -52,11 +54,14 @@ def test_compile_choice_is_explained(monkeypatch):
     on, reason = pick_compile("auto", cpu, 60, 2)
     assert not on and "60 s of training do not repay 2" in reason
     monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: None)
     assert working_compiler() is None
     assert pick_compile("auto", cpu, 1e9, 1) == (False, "no working C++ compiler")
     with pytest.raises(ConfigError, match="COMPILE=1: needs a working C\\+\\+ compiler"):
         pick_compile("1", cpu, 60, 1)
-    assert pick_compile("auto", torch.device("cuda"), 60, 1)[0]
+    assert pick_compile("auto", torch.device("cuda"), 60, 1) == (False, "a GPU without triton and a C compiler")
+    with pytest.raises(ConfigError, match="COMPILE=1: on a GPU needs"):
+        pick_compile("1", torch.device("cuda"), 60, 1)
 
 
 def checkpoint(step=3):
@@ -112,6 +117,17 @@ def test_same_seed_same_bits_and_another_seed_other_bits(mini, straight, tmp_pat
         assert main(small_words(mini, tmp_path, RUN_ID=run_id, ITERATIONS=3, SEED=seed, STAGES="train"), {}) == 0
     # The schedule depends on ITERATIONS, the first step's loss does not.
     assert losses(tmp_path / "same")[1] == losses(straight)[1] != losses(tmp_path / "other")[1]
+
+
+def test_lanes_give_the_same_bits(mini, straight, tmp_path):
+    """Two micro-batches side by side sum to the same gradients, in the same order, as one after the other."""
+    assert main(small_words(mini, tmp_path, RUN_ID="lanes", ITERATIONS=20, STAGES="train,write,reload,evaluate",
+                            THREADS=2), {}) == 0
+    assert "threads:2 in 2 lanes" in (tmp_path / "lanes" / "train.log").read_text()
+    assert losses(tmp_path / "lanes") == losses(straight)
+    scores = [json.loads((folder / "result.json").read_text())["scores"] for folder in (straight, tmp_path / "lanes")]
+    for kind in ("contiguous", "sliding"):
+        assert scores[0][kind]["val_loss"] == scores[1][kind]["val_loss"]
 
 
 @pytest.mark.dist
@@ -179,6 +195,64 @@ def test_under_a_wall_clock_the_seconds_before_the_kill_count(mini, tmp_path):
     assert json.loads((folder / "result.json").read_text())["train"]["seconds"] <= 60
 
 
+def test_killed_before_the_first_checkpoint_is_said_and_counts(mini, tmp_path):
+    """The seconds are spent; a checkpoint that was deleted on purpose starts anew instead."""
+    words = small_words(mini, tmp_path, RUN_ID="early", ITERATIONS=3, STAGES="train", MAX_WALLCLOCK_SECONDS=60)
+    folder = tmp_path / "early"
+    folder.mkdir()
+    (folder / "events.jsonl").write_text('{"event": "start", "t": 0}\n{"event": "step", "t": 1, "step": 1, "'
+                                         'train_loss": 1, "train_seconds": 20.0}\n{"event": "step", "t": 2, "st')
+    assert main(words, {}) == 0
+    assert "restarted: killed before its first checkpoint" in (folder / "train.log").read_text()
+    assert json.loads((folder / "result.json").read_text())["train"]["seconds"] > 20
+    (folder / "checkpoint.pt").unlink()
+    assert main(words, {}) == 0
+    assert json.loads((folder / "result.json").read_text())["train"]["seconds"] < 20
+
+
+def test_step_limited_runs_use_all_their_steps(mini, tmp_path):
+    """The stop rule looks at the seconds left, not at the share of steps left."""
+    config = load_config(small_words(mini, tmp_path, ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=180), {}, gpus=0)
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.world, trainer.step, trainer.slowest = config, World(), 998, 0.4
+    trainer.watch = Stopwatch(lambda: 0.0, 100.0)
+    assert trainer.must_stop(trainer.progress()) is False
+    trainer.watch = Stopwatch(lambda: 0.0, 174.9)
+    assert trainer.must_stop(trainer.progress()) is True
+
+
+def test_from_with_train_trains_and_squeezes_its_own_weights(mini, straight, tmp_path):
+    """FROM gives the settings; the new seed's weights, not the old run's, become the artifact."""
+    words = [f"FROM={straight}", f"RUNS_PATH={tmp_path}", "SEED=5", "STAGES=train,write,reload", "PACK=0",
+             "TENSORBOARD=0", "THREADS=1"]
+    assert main([*words, "RUN_ID=new"], {}) == 0
+    assert (tmp_path / "new" / "artifact.bin").read_bytes() != (straight / "artifact.bin").read_bytes()
+    assert losses(tmp_path / "new")[1] != losses(straight)[1]
+
+
+def test_a_run_folder_belongs_to_one_source(mini, straight, tmp_path, capsys):
+    """Scoring another run into a used folder is refused; an old run alone keeps its own settings and script."""
+    shutil.copytree(straight, tmp_path / "one")
+    words = [f"RUNS_PATH={tmp_path}", "STAGES=evaluate", "EVAL=contiguous", "PACK=0", "THREADS=1"]
+    assert main([*words, "RUN_ID=again", f"FROM={straight}"], {}) == 0
+    assert main([*words, "RUN_ID=again", f"FROM={tmp_path / 'one'}"], {}) == 2
+    assert "RUN_ID=again: that run had other settings (FROM=" in capsys.readouterr().err
+    config = (tmp_path / "one" / "config.json").read_bytes()
+    assert main(["RUN_ID=one", f"RUNS_PATH={tmp_path}", "STAGES=evaluate", "PACK=0", "THREADS=1"], {}) == 0
+    assert (tmp_path / "one" / "config.json").read_bytes() == config
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words, code, said", [
+    (["STAGES=train,write,evaluate,report", "TARGET_BYTES=1000"], 3, "TARGET_BYTES=1000: code plus model are"),
+    (["STAGES=train", "DATA_PATH=/nonexistent"], 2, "no such folder")])
+def test_a_failure_on_one_rank_ends_all_with_one_line(mini, tmp_path, words, code, said):
+    began = time.monotonic()
+    done = launch([*small_words(mini, tmp_path, RUN_ID="f", ITERATIONS=2), *words], processes=2)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and time.monotonic() - began < 60
+
+
 def test_finished_run_does_not_train_again(mini, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "one")
     before = (tmp_path / "one" / "checkpoint.pt").read_bytes()
@@ -213,7 +287,7 @@ def test_validation_during_training_is_logged_and_not_timed(mini, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(working_compiler() is None, reason="needs a C++ compiler and Python's headers")
 def test_compiled_training_gives_the_same_losses(mini, tmp_path):
-    words = small_words(mini, tmp_path, ITERATIONS=4, STAGES="train", STACK="A")
+    words = small_words(mini, tmp_path, ITERATIONS=4, STAGES="train", STACK="A2")
     assert main([*words, "RUN_ID=plain"], {}) == 0
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = launch([*words, "RUN_ID=compiled", "COMPILE=1"], env=env)

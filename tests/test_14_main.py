@@ -164,12 +164,16 @@ def test_really_full_disk(mini, tmp_path):
     assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_out_of_memory_names_the_setting(mini, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error, whose", [
+    (train_gpt.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore"), "the device"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nmore"), "the machine"),
+    (MemoryError(), "the machine")])
+def test_out_of_memory_names_the_setting(mini, tmp_path, capsys, monkeypatch, error, whose):
     def full(*_):
-        raise train_gpt.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        raise error
     monkeypatch.setattr(train_gpt.Trainer, "gradients", full)
     said = run(small_words(mini, tmp_path, RUN_ID="x", ITERATIONS=1), 2, capsys)
-    assert said.startswith("MICRO_BATCH_TOKENS=128: the device ran out of memory")
+    assert said.startswith(f"MICRO_BATCH_TOKENS=128: {whose} ran out of memory")
     assert len(said.strip().splitlines()) == 1
 
 

@@ -37,8 +37,8 @@ def result_table() -> str:
     lines += ["", f"{result['train']['steps']:,} steps, {result['train']['tokens']:,} tokens and "
               f"{result['train']['seconds']:.0f} seconds of training on {environment['threads']} CPU cores "
               f"({environment['cpu']}, torch {environment['torch']}); model {artifact['model_bytes']:,} + code "
-              f"{artifact['code_bytes']:,} = {artifact['total_bytes']:,} of {artifact['limit_bytes']:,} bytes; every one "
-              f"of {result['ledger']['targets']:,} targets scored once."]
+              f"{artifact['code_bytes']:,} = {artifact['total_bytes']:,} of {artifact['limit_bytes']:,} bytes; every "
+              f"one of {result['ledger']['targets']:,} targets scored once."]
     return "\n".join(lines)
 
 
