@@ -88,7 +88,8 @@ def main(argv: list[str]) -> int:
             return 2
         kind = (result.get("preset"), result.get("overlay"), result.get("declared", {}).get("packed"))
         if kind != ("sixteen", "tiny", True) or "float" not in result.get("scores", {}):
-            print(f"{folders[0]}: must be a finished default run of the packed file on a CPU, not {kind}", file=sys.stderr)
+            print(f"{folders[0]}: must be a finished default run of the packed file on a CPU, not {kind}",
+                  file=sys.stderr)
             return 2
         REFERENCE.write_text(json.dumps(result, indent=1) + "\n")
     old = README.read_text()
