@@ -74,7 +74,7 @@ def test_attention_reference_is_the_textbook_sum():
     for b, h, t in [(0, 0, 0), (1, 3, 7), (0, 2, 12)]:
         seen = [s for s in range(13) if mask[b, 0, t, s]]
         assert max(seen) <= t
-        weights = [math.exp(float(q[b, h, t] @ k[b, h // 2, s]) / math.sqrt(6)) for s in seen]
+        weights = [math.exp((q[b, h, t] @ k[b, h // 2, s]).item() / math.sqrt(6)) for s in seen]
         wanted = sum(w * v[b, h // 2, s] for w, s in zip(weights, seen, strict=True)) / sum(weights)
         assert torch.allclose(out[b, h, t], wanted, atol=1e-12)
 

@@ -18,13 +18,16 @@ from train_gpt import (
     CheckError,
     Checkpoint,
     ConfigError,
+    Log,
     Stopwatch,
     Trainer,
     World,
     check_same_weights,
     load_checkpoint,
     load_config,
+    load_data,
     main,
+    make_loss,
     pick_compile,
     save_checkpoint,
     working_compiler,
@@ -208,6 +211,25 @@ def test_killed_before_the_first_checkpoint_is_said_and_counts(mini, tmp_path):
     (folder / "checkpoint.pt").unlink()
     assert main(words, {}) == 0
     assert json.loads((folder / "result.json").read_text())["train"]["seconds"] < 20
+
+
+def test_gradients_are_the_mean_of_the_batch_and_clipped_as_a_whole(mini, tmp_path):
+    """The clip acts on the norm of the whole reduced gradient, keeps its direction, and reports the norm before it."""
+    found = {}
+    for clip in (0, 0.01):
+        config = load_config(small_words(mini, tmp_path, GRAD_CLIP_NORM=clip), {}, gpus=0)
+        model = make_model(config, shake=0.05)
+        trainer = Trainer(config, model, load_data(config.data, World()), World(), Log(None, lambda: 0.0), tmp_path,
+                          False, lambda phase: (0.0, 0.0))
+        trainer.losses = [make_loss(model, 0)]
+        loss, norm = trainer.gradients(0)
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found[clip] = loss, norm, flat
+        micros = [trainer.batches.micro(index, World()) for index in range(4)]
+        assert loss == pytest.approx(sum(make_loss(model, 0)(*batch).item() for batch in micros) / 4, abs=1e-5)
+    assert found[0][:2] == found[0.01][:2] and found[0][1] == pytest.approx(found[0][2].norm().item(), rel=1e-5)
+    assert found[0.01][2].norm().item() == pytest.approx(0.01, rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(found[0][2], found[0.01][2], dim=0) > 0.99999
 
 
 def test_step_limited_runs_use_all_their_steps(mini, tmp_path):
