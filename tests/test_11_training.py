@@ -52,19 +52,17 @@ def test_stopwatch_counts_only_while_it_runs():
 
 
 def test_compile_choice_is_explained(monkeypatch):
-    cpu = torch.device("cpu")
-    assert pick_compile("0", cpu, 600, 1) == (False, "COMPILE=0")
-    on, reason = pick_compile("auto", cpu, 60, 2)
-    assert not on and "60 s of training do not repay 2" in reason
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pick_compile("0", gpu) == (False, "COMPILE=0")
+    assert pick_compile("auto", cpu) == (False, "lanes are as fast on a CPU and start at once; COMPILE=1 insists")
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: None)
     assert working_compiler() is None
-    assert pick_compile("auto", cpu, 1e9, 1) == (False, "no working C++ compiler")
     with pytest.raises(ConfigError, match="COMPILE=1: needs a working C\\+\\+ compiler"):
-        pick_compile("1", cpu, 60, 1)
-    assert pick_compile("auto", torch.device("cuda"), 60, 1) == (False, "a GPU without triton and a C compiler")
+        pick_compile("1", cpu)
+    assert pick_compile("auto", gpu) == (False, "a GPU without triton and a C compiler")
     with pytest.raises(ConfigError, match="COMPILE=1: on a GPU needs"):
-        pick_compile("1", torch.device("cuda"), 60, 1)
+        pick_compile("1", gpu)
 
 
 def checkpoint(step=3):
