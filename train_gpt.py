@@ -2823,12 +2823,14 @@ class Run:
         """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script.
 
         A run folder belongs to one configuration and one source, so that nothing in it can be mistaken for another's.
+        One that a mistake in the input ended before it held anything is free to be used again.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path, code = self.folder / "config.json", self.folder / "train_gpt.py"
         values = {name: list(value) if isinstance(value, tuple) else value
                   for name, value in self.config.flat().items()}
-        if path.exists():
+        used = any((self.folder / name).exists() for name in ("checkpoint.pt", "artifact.bin", "result.json"))
+        if path.exists() and used:
             old = read_json_object(path, f"RUN_ID={self.folder.name}").get("settings", {})
             changed = [f"{name}={old.get(name)} -> {value}" for name, value in values.items()
                        if (SETTINGS[name][1].metadata["scope"] != "run" or name == "FROM") and old.get(name) != value]
@@ -2841,10 +2843,10 @@ class Run:
         elif self.source != self.folder and (self.source / "result.json").exists():
             before = read_json_object(self.source / "result.json", f"FROM={self.source}")
             self.result = {key: before[key] for key in ("train", "artifact") if key in before}
-        if not path.exists():
+        if not (path.exists() and used):
             write_json(path, {"settings": values, "config_hash": self.config.digest(),
                               "world": environment_facts(self.world, self.threads)})
-        if not code.exists():
+        if not (code.exists() and used):
             write_atomic(code, Path(__file__).read_bytes())
         self.other_code = sha256_file(code) != sha256_file(__file__)
 

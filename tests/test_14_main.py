@@ -120,6 +120,14 @@ def test_bad_words_are_one_line_and_exit_code_2(mini, tmp_path, capsys, name):
     assert len(said.strip().splitlines()) == 1, said
 
 
+def test_a_mistake_leaves_its_run_name_free(mini, tmp_path, capsys):
+    """After a wrong DATA_PATH the corrected line works under the same RUN_ID."""
+    words = small_words(mini, tmp_path, RUN_ID="again", ITERATIONS=1, STAGES="train")
+    assert "no such folder" in run([*words, "DATA_PATH=/nonexistent"], 2, capsys)
+    run(words, 0, capsys)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["settings"]["DATA_PATH"] == str(mini)
+
+
 def damaged(finished, tmp_path, name):
     """A copy of a finished run with one bit of a file flipped."""
     shutil.copytree(finished / "sixteen", tmp_path / "run")
