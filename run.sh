@@ -7,6 +7,7 @@ show_help() {
   cat <<'TEXT'
 usage: ./run.sh [NAME=value ...]             train, write the artifact, score it (the main job)
        ./run.sh test [PYTEST ARGUMENT ...]   lint and tests
+       ./run.sh bench gptq|codec|formats|fit [RUN_FOLDER] [NAME=value ...]   benchmarks; bench --help says more
        ./run.sh setup                        only make .venv and install requirements.txt
        ./run.sh --plan [NAME=value ...]      layer plan, parameters and predicted bytes, without training
        ./run.sh --presets                    what each preset changes
@@ -108,8 +109,16 @@ if [[ ${1:-} == test ]]; then
   task="test"
   shift
 else
-  for word in "$@"; do  # afterwards "$@" holds the settings for train_gpt.py, in their order
+  if [[ ${1:-} == bench ]]; then
+    task="bench"
     shift
+  fi
+  for word in "$@"; do  # afterwards "$@" holds the settings for train_gpt.py, or the words for bench, in their order
+    shift
+    if [[ $task == bench && $word != PYTHON=* ]]; then
+      set -- "$@" "$word"
+      continue
+    fi
     case $word in
       PYTHON=* | NPROC=* | PACK=* | NNODES=* | NODE_RANK=* | MASTER_ADDR=* | MASTER_PORT=*)
         export "${word?}"
@@ -148,6 +157,10 @@ case $task in
   --plan | --presets)
     set_up "$task"
     exec "$PY" train_gpt.py "$task" "$@"
+    ;;
+  bench)
+    set_up "$task"
+    exec "$PY" tools/bench.py "$@"
     ;;
   test)
     set_up "$task"

@@ -16,12 +16,12 @@ Sections, in order; each uses only what stands above it:
     04 RUNTIME      ranks, clocks, random streams, the log, atomic files
     05 DATA         shards, the manifest, token streams, batches, bytes per token
     06 KERNELS      one record an operation: plain reference, fast twin, when the twin is usable
-    07 FORMATS      float tensor <-> integer codes and scales
+    07 FORMATS      float tensor <-> integer codes and scales; who gets which; the solvers of the codes
     08 LAYERS       linear with sites, rotary, attention, feed-forward
     09 MODEL        the layer plan, the block, the one forward, parameter roles
     10 OPTIMIZERS   Muon and AdamW as pure updates, the role table, schedules, weight averaging
     11 TRAINING     compile, warm up, step, log, checkpoint, stop
-    12 ARTIFACT     routes, codecs, the container, the size forecast
+    12 ARTIFACT     range coder and codecs, container, calibration, squeeze, fit to the cap, forecast
     13 EVALUATORS   the ledger, contiguous and sliding scores, bits per byte
     14 MAIN         stages, the run folder, the command line, exit codes
 
@@ -37,10 +37,12 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
@@ -54,10 +56,11 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -114,8 +117,9 @@ class RunSettings:
     run_id: str = setting("", "name of the run folder; empty makes one from preset and time; an old name resumes",
                           scope="run")
     runs_path: str = setting("./runs", "folder of the run folders", scope="run")
-    stages: tuple[str, ...] = setting(("train", "write", "reload", "evaluate", "report"), "which stages, in order",
-                                      choices=("train", "write", "reload", "evaluate", "report"), scope="run")
+    stages: tuple[str, ...] = setting(("train", "calibrate", "write", "reload", "evaluate", "report"),
+                                      "which stages, in order", scope="run",
+                                      choices=("train", "calibrate", "write", "reload", "evaluate", "report"))
     from_: str = setting("", "finished run folder whose settings, checkpoint and artifact are used", scope="run")
     seed: int = setting(1337, "random streams are made from this and a purpose", low=0, scope="seed")
     pack: bool = setting(True, "pack the script and run the packed file; 0 runs the readable file and records it",
@@ -183,7 +187,7 @@ class OptimSettings:
 class TrainSettings:
     iterations: int = setting(20000, "steps at most", unit="steps", low=1)
     max_wallclock_seconds: float = setting(600.0, "budget of the training loop; 0 is none", unit="seconds", low=0.0)
-    reserve_seconds: float = setting(0.5, "left unused at the end of the budget", unit="seconds", low=0.0)
+    reserve_seconds: float = setting(0.5, "left at the end of the budget, for the calibration", unit="seconds", low=0.0)
     train_batch_tokens: int = setting(524288, "tokens of one step over all ranks", unit="tokens", low=1)
     micro_batch_tokens: int = setting(65536, "tokens of one forward; the same whatever the number of ranks",
                                       unit="tokens", low=1)
@@ -198,15 +202,56 @@ class TrainSettings:
                                     low=1)
 
 
+FORMAT_KINDS = ("int", "uint", "ternary", "binary", "sherry", "fp8", "fp16", "bf16")
+AUTO_CODECS = ("context", "range", "zlib", "lzma", "zstd", "brotli")
+CODEC_NAMES = (*AUTO_CODECS, "zpaq", "lrzip")
+
+
 @group
 class ArtifactSettings:
-    matrix_bits: int = setting(8, "bits of a matrix weight on the grid", unit="bits", low=2, high=8)
-    embed_bits: int = setting(8, "bits of an embedding weight on the grid", unit="bits", low=2, high=8)
+    matrix_format: str = setting("int", "grid of a matrix weight: int is symmetric, uint has a zero point",
+                                 choices=FORMAT_KINDS)
+    embed_format: str = setting("int", "the same for the embedding", choices=FORMAT_KINDS)
+    gain_format: str = setting("fp16", "storage of gains and gates", choices=("fp16", "bf16"))
+    matrix_bits: int = setting(8, "bits of a matrix weight on an int or uint grid", unit="bits", low=2, high=8)
+    embed_bits: int = setting(8, "bits of an embedding weight on an int or uint grid", unit="bits", low=2, high=8)
+    group_size: int = setting(0, "inputs that share a scale; 0 is the whole row", unit="weights", low=0, high=65536)
     matrix_clip_sigmas: float = setting(0.0, "grid ends at this many row deviations; 0 uses CLIP_QUANTILE", low=0.0)
-    embed_clip_sigmas: float = setting(0.0, "the same for the embedding", low=0.0)
+    attn_clip_sigmas: float = setting(0.0, "the same for attention's matrices; 0 is MATRIX_CLIP_SIGMAS", low=0.0)
+    mlp_clip_sigmas: float = setting(0.0, "the same for the feed-forward's; 0 is MATRIX_CLIP_SIGMAS", low=0.0)
+    embed_clip_sigmas: float = setting(0.0, "the same for the embedding; 0 uses CLIP_QUANTILE", low=0.0)
     clip_quantile: float = setting(0.9999984, "grid ends at this quantile of the row's magnitudes", low=0.5, high=1.0)
-    codec: str = setting("auto", "lossless coder; auto keeps the smallest of all, tensor by tensor",
-                         choices=("auto", "zlib", "lzma", "zstd", "brotli", "range"))
+    ternary_scale: str = setting("absmean", "scale of a ternary group: mean or root mean square of all, or the mean of "
+                                 "what is not zero", choices=("absmean", "rms", "nonzero"))
+    ternary_tau: float = setting(0.5, "ternary weights below this share of the mean are zero", low=0.0, high=4.0)
+    policy: str = setting("", "rows that come before these settings: `blocks.0.*: int8 k=14; *.down.weight: int5 "
+                          "group=64 solver=nearest codec=brotli`; pattern of names or role, then a format and k, "
+                          "group, tau, scale, solver, codec")
+    solver: str = setting("nearest", "how codes are chosen: nearest, or gptq against the inputs' second moments",
+                          choices=("nearest", "gptq"))
+    gptq_calibration_batches: int = setting(16, "micro-batches whose inputs make the Hessians", low=1)
+    gptq_calibration_text: str = setting("train", "training rows, or text that the model samples itself",
+                                         choices=("train", "self"))
+    gptq_sequential: bool = setting(False, "calibrate each block on predecessors that are quantized already")
+    gptq_damping: float = setting(0.01, "share of the mean diagonal that is added to it", low=1e-8, high=1.0)
+    gptq_block: int = setting(128, "columns between two updates of the rest", unit="columns", low=1)
+    qat_start: float = setting(1.0, "from this fraction of training on the loss is taken at the weights as they will "
+                               "be stored; 1 is never", low=0.0, high=1.0)
+    allocate: bool = setting(False, "divide the bits over tensors by what their errors cost the loss")
+    rate_rounding: float = setting(0.0, "gptq rounds towards zero where the bits saved are worth the error: 1 is the "
+                                   "exchange rate of the grid itself", low=0.0, high=100.0)
+    prune_ones: float = setting(0.0, "share of the codes 1 and -1 that become zero, cheapest by Hessian first",
+                                low=0.0, high=1.0)
+    lqer_rank: int = setting(0, "rank of the stored correction of the quantization error; 0 is off", low=0, high=64)
+    lqer_top_k: int = setting(3, "matrices that get it: those where it removes the most error a byte", low=1)
+    lqer_asym_group: int = setting(64, "values that share a scale in its right factor", low=1)
+    awq_lite_group_top_k: int = setting(0, "column groups, over all matrices, that get a finer grid; 0 is off", low=0)
+    awq_lite_group_size: int = setting(64, "columns of such a group", unit="columns", low=1)
+    awq_lite_bits: int = setting(8, "bits of its grid", unit="bits", low=3, high=8)
+    codec: tuple[str, ...] = setting(("auto",), "lossless coders to try, the smallest result is kept; auto is all that "
+                                     "are installed, but zpaq and lrzip only when named",
+                                     choices=("auto", *CODEC_NAMES))
+    fit: bool = setting(False, "choose the steps so that code plus model ends just below TARGET_BYTES")
     target_bytes: int = setting(LIMIT_BYTES, "code plus model may not be larger", unit="bytes", low=1, high=LIMIT_BYTES)
 
 
@@ -252,7 +297,11 @@ RENAMED: dict[str, str] = {
     "TIE_EMBEDDINGS": "the embedding is always tied", "EMBED_LR": "the embedding is tied: TIED_EMBED_LR",
     "HEAD_LR": "the embedding is tied: TIED_EMBED_LR", "ADAM_WD": "gains and gates are never decayed",
     "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS", "VAL_BATCH_TOKENS": "EVAL_BATCH_TOKENS",
-    "GPTQ_RESERVE_SECONDS": "RESERVE_SECONDS", "COMPRESSOR": "CODEC", "DATA_DIR": "DATA_PATH",
+    "GPTQ_RESERVE_SECONDS": "RESERVE_SECONDS", "COMPRESSOR": "CODEC",
+    "BITNET_GROUP_SIZE": "GROUP_SIZE", "LATE_QAT_THRESHOLD": "QAT_START, a fraction of training", "QAT_ENABLED":
+    "QAT_START", "LQER_ENABLED": "LQER_RANK=0 is off", "AWQ_LITE_ENABLED": "AWQ_LITE_GROUP_TOP_K=0 is off",
+    "SKIP_GPTQ": "SOLVER=nearest", "GPTQ_BLOCK_SIZE": "GPTQ_BLOCK", "TARGET_MB": "TARGET_BYTES",
+    "LQER_FACTOR_BITS": "the factors are uint2 and int4", "FP_STORAGE": "EMBED_FORMAT", "DATA_DIR": "DATA_PATH",
     "COMPILE_ENABLED": "COMPILE", "MUON_STEPS": "MUON_BACKEND_STEPS", "WEIGHT_DECAY": "MUON_WD and EMBED_WD",
     "CONTROL_TENSOR_NAME_PATTERNS": "roles decide, not names", "EVAL_INCLUDE_TAIL": "the tail is always scored",
     "VAL_DOC_FRACTION": "the whole validation split is always scored"}
@@ -278,14 +327,14 @@ class Config(NamedTuple):
         """All settings by upper-case name, in the order of their declaration."""
         return {name: getattr(getattr(self, owner), field.name) for name, (owner, field) in SETTINGS.items()}
 
-    def baked(self) -> dict[str, Any]:
-        """What the packed file carries: the recipe, as JSON values."""
+    def recipe(self) -> dict[str, Any]:
+        """What is the same for every seed and place of an experiment, as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self.flat().items()
                 if SETTINGS[name][1].metadata["scope"] == "recipe"}
 
     def digest(self) -> str:
         """sha256 over recipe and seed: two runs with the same digest on the same data are the same experiment."""
-        kept = {"SEED": self.run.seed, **self.baked()}
+        kept = {"SEED": self.run.seed, **self.recipe()}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -325,6 +374,43 @@ def parse_value(name: str, value: Any) -> Any:
     return text if kind is str else parts
 
 
+POLICY_KEYS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "k": ("sigmas", float, "a number"), "group": ("group", int, "a whole number"),
+    "tau": ("tau", float, "a number"), "scale": ("scale", str, "absmean, rms or nonzero"),
+    "solver": ("solver", str, "nearest or gptq"), "codec": ("codec", str, ", ".join(CODEC_NAMES))}
+POLICY_CHOICES = {"scale": ("absmean", "rms", "nonzero"), "solver": ("nearest", "gptq"), "codec": CODEC_NAMES}
+
+
+@functools.cache
+def parse_policy(text: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The rows of POLICY: (pattern, fields of a Route); raises ConfigError naming the row."""
+    rows = []
+    for row in filter(None, (part.strip() for part in text.split(";"))):
+        pattern, colon, words = row.partition(":")
+        fields: dict[str, Any] = {}
+        if not colon or not pattern.strip() or not words.split():
+            raise ConfigError(f"POLICY={row}: must be a pattern, a colon, then a format and key=value words")
+        for word in words.split():
+            key, equals, value = word.partition("=")
+            if not equals:
+                if not re.fullmatch("u?int[2-8]|ternary|binary|sherry|fp8|fp16|bf16", word):
+                    raise ConfigError(f"POLICY={row}: {word} is not a format: int2 to int8, uint2 to uint8, "
+                                      f"{', '.join(FORMAT_KINDS[2:])}")
+                fields["format"] = word
+                continue
+            field, kind, rule = POLICY_KEYS.get(key, ("", str, ""))
+            if not field or value not in POLICY_CHOICES.get(key, (value,)):
+                raise ConfigError(f"POLICY={row}: {word}: must be " + (rule or f"one of {', '.join(POLICY_KEYS)}"))
+            try:
+                fields[field] = kind(value)
+                if kind is not str and not 0 <= fields[field] < 1e6:
+                    raise ValueError
+            except ValueError:
+                raise ConfigError(f"POLICY={row}: {word}: must be {rule}, not negative") from None
+        rows.append((pattern.strip(), fields))
+    return tuple(rows)
+
+
 # Rules between settings: what must hold, and the line to print when it does not.
 RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model.model_dim % c.model.num_heads == 0,
@@ -352,6 +438,12 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "MAX_WALLCLOCK_SECONDS={train.max_wallclock_seconds}"),
     (lambda c: bool(re.fullmatch(r"[A-Za-z0-9._-]*", c.run.run_id)) and c.run.run_id not in (".", ".."),
      "RUN_ID={run.run_id}: letters, digits, dots, dashes and underscores only"),
+    (lambda c: "auto" not in c.artifact.codec or len(c.artifact.codec) == 1,
+     "CODEC={artifact.codec}: auto stands alone, or names stand without it"),
+    (lambda c: not (c.artifact.fit and {c.artifact.matrix_format, c.artifact.embed_format}.isdisjoint({"int", "uint"})),
+     "FIT=1: needs an int or uint grid, whose steps can be chosen; MATRIX_FORMAT={artifact.matrix_format}"),
+    (lambda c: not c.artifact.gptq_sequential or c.artifact.solver == "gptq",
+     "GPTQ_SEQUENTIAL=1: needs SOLVER=gptq"),
     (lambda c: "train" in c.run.stages or bool(c.run.from_) or bool(c.run.run_id),
      "STAGES: without train, FROM=<run folder> or RUN_ID=<old run> must name the run to use"),
 )
@@ -482,6 +574,18 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
     return tuple(blocks), tuple(visits)
 
 
+def check_heads(settings: ModelSettings) -> None:
+    """ConfigError unless every block's heads fit the width, in even parts that hold the rotary channels."""
+    for block in parse_stack(settings.stack)[0]:
+        heads, kv = (int(block.overrides.get(key, getattr(settings, name)))
+                     for key, name in (("heads", "num_heads"), ("kv", "num_kv_heads")))
+        channels, rest = divmod(settings.model_dim, heads)
+        if rest or channels % 2 or heads % kv or settings.rope_dims % 2 or settings.rope_dims > channels:
+            raise ConfigError(f"STACK={settings.stack}: heads={heads} kv={kv}: heads must divide "
+                              f"MODEL_DIM={settings.model_dim} into even parts of at least "
+                              f"ROPE_DIMS={settings.rope_dims} channels, and kv must divide heads")
+
+
 # ==== 03 PRESETS ============================================================================================
 # A system is a row: its differences from the defaults, and what to change in it under an overlay. A
 # circumstance (a CPU, one GPU) is an overlay. Nothing outside this section knows a preset's name. To add a
@@ -505,7 +609,8 @@ PRESETS: dict[str, Preset] = {
         {"tiny": {"STACK": "A4", "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 50,
                   "WARMDOWN_ITERS": 100}}),
     "sixteen": Preset(
-        "our own best stack of what exists: looped middle, gated skips, Polar Express Muon, six-bit grid",
+        "our own best stack of what exists: looped middle, gated skips, Polar Express Muon, GPTQ with "
+        "steps allocated by cost and fitted to the cap",
         "after the record stacks of the challenge, 1.08 BPB line",
         {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192,
          "STACK": "A3 (A3)*3@0.35 A5", "MLP_MULT": 4.0, "MLP_SLOPE": 0.5, "ROPE_DIMS": 16, "QK_GAIN_INIT": 5.0,
@@ -515,11 +620,12 @@ PRESETS: dict[str, Preset] = {
          "MUON_ROW_NORMALIZE": True, "MUON_WD": 0.095, "EMBED_WD": 0.085, "BETA2": 0.99, "GRAD_CLIP_NORM": 0.3,
          "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965,
          "TRAIN_BATCH_TOKENS": 786432, "MICRO_BATCH_TOKENS": 98304, "TRAIN_SEQ_LEN": 2048, "VAL_LOSS_EVERY": 4000,
-         "MATRIX_BITS": 6, "EMBED_BITS": 7, "MATRIX_CLIP_SIGMAS": 12.85, "EMBED_CLIP_SIGMAS": 15.0,
+         "MATRIX_CLIP_SIGMAS": 50.0, "EMBED_CLIP_SIGMAS": 30.0, "SOLVER": "gptq", "RATE_ROUNDING": 1.0,
+         "ALLOCATE": True, "FIT": True, "CODEC": "context,brotli", "RESERVE_SECONDS": 4.0,
          "EVAL_SEQ_LEN": 2048, "EVAL_BATCH_TOKENS": 131072},
         {"tiny": {"STACK": "A4", "MUON_MOMENTUM_WARMUP_STEPS": 100, "MUON_MOMENTUM_WARMUP_START": 0.85,
                   "MUON_MOMENTUM": 0.95, "MUON_WD": 0.0, "EMBED_WD": 0.0, "EMA_DECAY": 0.0, "GRAD_CLIP_NORM": 1.0,
-                  "MATRIX_BITS": 8, "EMBED_BITS": 8, "MATRIX_CLIP_SIGMAS": 0.0, "EMBED_CLIP_SIGMAS": 0.0,
+                  "MATRIX_CLIP_SIGMAS": 0.0, "EMBED_CLIP_SIGMAS": 0.0,
                   "MIN_LR": 0.02, "BETA2": 0.95}}),
 }
 
@@ -643,18 +749,23 @@ def load_config(words: Iterable[str], env: Mapping[str, str], gpus: int | None =
     config = Config(**groups, origins={name: origin for name, (value, origin) in layers.items()
                                        if value != SETTINGS[name][1].default})
     faults += [text.format(**config._asdict()) for holds, text in RULES if not holds(config)]
-    blocks, _ = parse_stack(config.model.stack)
-    for block in () if faults else blocks:
-        heads, kv = (int(block.overrides.get(key, getattr(config.model, name)))
-                     for key, name in (("heads", "num_heads"), ("kv", "num_kv_heads")))
-        channels, rest = divmod(config.model.model_dim, heads)
-        if rest or channels % 2 or heads % kv or config.model.rope_dims > channels:
-            raise ConfigError(f"STACK={config.model.stack}: heads={heads} kv={kv}: heads must divide "
-                              f"MODEL_DIM={config.model.model_dim} into even parts of at least "
-                              f"ROPE_DIMS={config.model.rope_dims} channels, and kv must divide heads")
+    parse_policy(config.artifact.policy)
+    parse_stack(config.model.stack)
+    if not faults:
+        check_heads(config.model)
     if faults:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def baked(config: Config) -> dict[str, Any]:
+    """What the packed file carries: of the recipe all that no default says, or that a preset may say otherwise."""
+    preset, overlay = PRESETS[config.run.preset], config.run.overlay
+    rows = {"PRESET", "OVERLAY", *preset.values, *preset.under.get(overlay, ()),
+            *(OVERLAYS[overlay][1] if overlay else ())}
+    plain = {name: list(field.default) if isinstance(field.default, tuple) else field.default
+             for name, (_, field) in SETTINGS.items()}
+    return {name: value for name, value in config.recipe().items() if name in rows or value != plain[name]}
 
 
 def show_value(value: Any) -> str:
@@ -1284,69 +1395,455 @@ def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 # ==== 07 FORMATS ============================================================================================
-# Float tensor <-> integer codes and scales, one formula a format, used by export, load and statistics alike.
-# Decoding needs only what encode returned, so what is scored is exactly what is stored. To add a format: add
-# a row to FORMATS; the tests try every row on ragged, constant and zero input.
+# Float tensor <-> integer codes and coded scales: one formula a format, used in training, export, load and
+# statistics alike. Decoding needs only what encode returned, in integers and IEEE products, so what is scored
+# is exactly what is stored, on any machine. The policy says which tensor gets which format; the solvers choose
+# the codes. To add a format: add a row to FORMATS; the tests try every row on ragged, constant and zero input.
 
-SCALE_FLOOR = 2.0 ** -24
+SCALE_LEVELS, SCALE_RATIO, SCALE_SPAN = 128, 1.02, 2.0 ** 20
+SIGMAS_FLOOR = 4.0
+
+
+class Route(NamedTuple):
+    """How one tensor is stored: its format and that format's parameters, the solver of its codes, its codec."""
+    format: str
+    group: int = 0  # inputs that share a scale; 0 is the whole row
+    sigmas: float = 0.0  # grid ends at this many deviations of the row or group; 0 uses the quantile
+    quantile: float = 1.0  # of the row's magnitudes; groups end at their largest one
+    scale: str = "absmean"
+    tau: float = 0.5
+    solver: str = "nearest"
+    codec: str = "auto"
+    stretch: float = 1.0  # factor on every step
+    steps: Tensor | None = None  # (R,): the rows' steps, instead of what sigmas and quantile say
+    fine: tuple[int, int, int] = (0, 0, 0)  # columns [start, stop) get a grid of this many bits
 
 
 class Coded(NamedTuple):
-    """A tensor in a numeric format: codes int8 (R, C) or fp16 of the tensor's shape, row scales fp16 (R,) or None."""
+    """A tensor in a format: everything decode needs beside its route and shape.
+
+    `codes` are int8 (R, C), or int16 bit patterns of a half; `sides` are int8 matrices that go through the coder as
+    codes do: `levels` (R, 1), `groups` (R, G), `zeros` (R, G). Scale level n stands for unit * ratio^n.
+    """
     codes: Tensor
-    scales: Tensor | None
+    sides: dict[str, Tensor]
+    unit: float
+    ratio: float
 
 
-class Clip(NamedTuple):
-    """Where a grid ends: at `sigmas` row deviations, or where that is 0 at a quantile of the row's magnitudes."""
-    sigmas: float
-    quantile: float
+class Grid(NamedTuple):
+    """The points a solver may choose, column by column: value = (code - zero) * step, code in low..high. With `cut`,
+    codes are signs of what is larger than it. step, zero, cut: (R, 1) or (R, C); low, high: (1,) or (C,)."""
+    step: Tensor
+    zero: Tensor
+    low: Tensor
+    high: Tensor
+    cut: Tensor | None
+
+    def columns(self, index: Tensor | slice) -> "Grid":
+        """The grid of some columns."""
+        return Grid(*(part if part is None or part.shape[-1] == 1 else part[..., index] for part in self))
+
+    def snap(self, values: Tensor) -> Tensor:
+        """Nearest code of every value, in the values' dtype."""
+        if self.cut is not None:
+            return torch.where(values < 0, -1.0, 1.0).to(values.dtype) * (values.abs() > self.cut)
+        return (values / self.step + self.zero).round().clamp(self.low.to(values.dtype), self.high.to(values.dtype))
+
+    def value(self, codes: Tensor) -> Tensor:
+        """What codes stand for, in their dtype."""
+        return (codes - self.zero) * self.step
 
 
-def encode_grid(weight: Tensor, bits: int, clip: Clip) -> Coded:
-    """Nearest point of a symmetric grid of 2^bits - 1 steps per row. weight (R, C); the fp16 scale that is stored is
-    the one that rounds, so decode(encode(w)) is exactly what a loaded artifact holds. Source: SDClip, PR 1394."""
-    top = 2 ** (bits - 1) - 1
-    wide = weight.double()
-    if clip.sigmas:
-        end = clip.sigmas * wide.std(dim=1, correction=0)
+def as_rows(weight: Tensor) -> Tensor:
+    """A tensor as a matrix (R, C): vectors are one row, further dimensions are columns."""
+    return weight.reshape(1, -1) if weight.ndim < 2 else weight.flatten(1)
+
+
+def group_count(columns: int, group: int) -> int:
+    """Scales of one row."""
+    return -(-columns // group) if group else 1
+
+
+def _grouped(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(R, G, g) with zeros behind a ragged last group, and how many of each group are real, (G,)."""
+    rows, columns = weight.shape
+    size, count = group or columns, group_count(columns, group)
+    padded = F.pad(weight, (0, count * size - columns)).view(rows, count, size)
+    real = torch.full((count,), float(size), dtype=weight.dtype, device=weight.device)
+    real[-1] = columns - (count - 1) * size
+    return padded, real
+
+
+def _deviation(groups: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (R, G) of the real members of each group."""
+    mean = groups.sum(2) / real
+    inside = torch.arange(groups.shape[2], device=groups.device) < real[:, None]  # (G, g)
+    return mean, (((groups - mean[..., None]) * inside).square().sum(2) / real).sqrt()
+
+
+def encode_levels(wanted: Tensor, up: bool) -> tuple[dict[str, Tensor], float, float]:
+    """Scales (R, G) as whole powers of a ratio: the row's level, each group's difference to it, unit and ratio.
+
+    A step of 2 % costs nothing where the scale is a rate knob anyway, and a level costs half the bits of an fp16
+    number. `up` rounds to the next larger scale, so that nothing is clipped that was to be kept. The ratio widens where
+    the scales span more than the levels do; what is 2^20 times smaller than the largest is lifted to that.
+    """
+    wanted = wanted.double().clamp_min(max(float(wanted.max()), 1e-30) / SCALE_SPAN)
+    unit = float(np.float32(float(wanted.min())))
+    span = float(wanted.max()) / unit
+    ratio = float(np.float32(max(SCALE_RATIO, span ** (1 / (SCALE_LEVELS - 2)))))
+    power = (wanted / unit).log() / math.log(ratio)
+    level = ((power - 1e-4).ceil() if up else power.round()).clamp(0, SCALE_LEVELS - 1)
+    row = level.median(dim=1, keepdim=True).values
+    sides = {"levels": row.to(torch.int8)}
+    if wanted.shape[1] > 1:
+        sides["groups"] = (level - row).to(torch.int8)
+    return sides, unit, ratio
+
+
+def decode_levels(sides: Mapping[str, Tensor], unit: float, ratio: float) -> Tensor:
+    """The fp32 scales (R, G): products in a fixed order, so the same bits on every machine."""
+    powers = [unit]
+    while len(powers) < SCALE_LEVELS:
+        powers.append(powers[-1] * ratio)
+    index = sides["levels"].long() + (sides["groups"].long() if "groups" in sides else 0)
+    table = torch.tensor(powers, dtype=torch.float64, device=index.device).float()
+    return table[index.clamp(0, SCALE_LEVELS - 1)]
+
+
+def _row_quantile(weight: Tensor, quantile: float) -> Tensor:
+    """Quantile of each row's magnitudes, (R, 1); in parts, because torch limits one call's elements."""
+    parts = weight.abs().split(max(1, (1 << 23) // max(1, weight.shape[1])))
+    return torch.cat([part.quantile(quantile, dim=1) for part in parts])[:, None]
+
+
+class Measured(NamedTuple):
+    """What a grid format reads off a tensor: the coded scales, and a threshold that only encoding needs."""
+    sides: dict[str, Tensor]
+    unit: float
+    ratio: float
+    cut: Tensor | None
+
+
+def finest_stretch(route: Route) -> float:
+    """The smallest factor on a grid's step that does not clip more than SIGMAS_FLOOR deviations do."""
+    return min(1.0, SIGMAS_FLOOR / route.sigmas) if route.sigmas else 1.0
+
+
+def _chosen_steps(steps: Tensor, route: Route) -> Tensor:
+    """The policy's steps (R, G) times the stretch, or the steps that were chosen for the rows, above the finest."""
+    if route.steps is None:
+        return steps * route.stretch
+    return torch.maximum(steps * finest_stretch(route), (route.steps * route.stretch)[:, None].to(steps))
+
+
+def measure_symmetric(weight: Tensor, route: Route, bits: int) -> Measured:
+    """Grid of 2^bits - 1 points around zero that ends at k deviations, or at a quantile. Source: SDClip, PR 1394."""
+    groups, real = _grouped(weight.double(), route.group)
+    if route.sigmas:
+        end = route.sigmas * _deviation(groups, real)[1]
     else:
-        end = wide.abs().quantile(clip.quantile, dim=1) if weight.shape[1] else wide.new_zeros(len(wide))
-    end = torch.where(end > 0, end, wide.abs().amax(dim=1))
-    scales = (end / top).clamp_min(SCALE_FLOOR).to(torch.float16)
-    codes = (wide / scales.double()[:, None]).round().clamp(-top, top)
-    return Coded(codes.to(torch.int8), scales)
+        end = _row_quantile(weight.double(), route.quantile) if groups.shape[1] == 1 else groups.abs().amax(2)
+    largest = groups.abs().amax(2)
+    end = torch.where(end > 1e-6 * largest, end, largest)  # a row of one value, or of zeros but for a few
+    return Measured(*encode_levels(_chosen_steps(end / (2 ** (bits - 1) - 1), route), up=True), None)
 
 
-def decode_grid(coded: Coded) -> Tensor:
-    """The fp32 weights (R, C) that codes and scales stand for."""
-    return coded.codes.float() * coded.scales.float()[:, None]
+def measure_asymmetric(weight: Tensor, route: Route, bits: int) -> Measured:
+    """Grid of 2^bits points from the smallest value to the largest, zero among them; with k, at most k deviations from
+    the mean. The codes are shifted by half their range into int8."""
+    groups, real = _grouped(weight.double(), route.group)
+    low, high = groups.amin(2), groups.amax(2)
+    if route.sigmas:
+        mean, deviation = _deviation(groups, real)
+        low = torch.maximum(low, mean - route.sigmas * deviation)
+        high = torch.minimum(high, mean + route.sigmas * deviation)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    sides, unit, ratio = encode_levels(_chosen_steps((high - low) / (2 ** bits - 1), route), up=True)
+    zero = (-low / decode_levels(sides, unit, ratio).double()).round().clamp(0, 2 ** bits - 1)
+    return Measured({**sides, "zeros": (zero - 2 ** (bits - 1)).to(torch.int8)}, unit, ratio, None)
 
 
-def encode_half(weight: Tensor, bits: int, clip: Clip) -> Coded:
-    """fp16, any shape; values beyond its range are an error, never infinities."""
-    half = weight.to(torch.float16)
+def measure_ternary(weight: Tensor, route: Route, bits: int) -> Measured:
+    """-1, 0, 1 times a scale: what is larger than tau times the group's mean magnitude (or root mean square) survives.
+    The scale is that mean, or with `nonzero` the mean of the survivors, which is L2-optimal for the pattern.
+    Sources: BitNet b1.58 (absmean), the challenge's ternary record (rms), ternary weight networks (nonzero)."""
+    groups, real = _grouped(weight.double(), route.group)
+    size = groups.abs()
+    base = (groups.square().sum(2) / real).sqrt() if route.scale == "rms" else size.sum(2) / real
+    cut = route.tau * base
+    kept = size > cut[..., None]
+    alpha = (size * kept).sum(2) / kept.sum(2).clamp_min(1) if route.scale == "nonzero" else base
+    return Measured(*encode_levels(alpha, up=False), cut)
+
+
+def measure_binary(weight: Tensor, route: Route, bits: int) -> Measured:
+    """-1 or 1 times the group's mean magnitude; zero counts as positive."""
+    groups, real = _grouped(weight.double(), route.group)
+    alpha = groups.abs().sum(2) / real
+    return Measured(*encode_levels(alpha, up=False), torch.full_like(alpha, -1.0))
+
+
+def make_grid(measured: Measured, route: Route, columns: int, low: int, high: int) -> Grid:
+    """The points of a grid format from what is stored."""
+    def spread(part: Tensor) -> Tensor:
+        return part.repeat_interleave(route.group, 1)[:, :columns] if part.shape[1] > 1 else part
+
+    step = spread(decode_levels(measured.sides, measured.unit, measured.ratio))
+    zero = spread(measured.sides["zeros"]).float() if "zeros" in measured.sides else step.new_zeros(1, 1)
+    lows, highs = step.new_tensor([low]), step.new_tensor([high])
+    start, stop, bits = route.fine
+    if bits:
+        top = 2 ** (bits - 1) - 1
+        index = torch.arange(columns, device=step.device)
+        inside = (index >= start) & (index < stop)
+        step = torch.where(inside, step * (high / top), step)
+        lows, highs = torch.where(inside, -top, lows), torch.where(inside, top, highs)
+    return Grid(step, zero, lows, highs, None if measured.cut is None else spread(measured.cut))
+
+
+def encode_grid(weight: Tensor, route: Route) -> Coded:
+    """Nearest code of every weight of a grid format."""
+    form, weight = FORMATS[route.format], as_rows(weight)
+    measured = form.measure(weight, route, form.bits)
+    grid = make_grid(measured, route, weight.shape[1], form.low, form.high)
+    return Coded(grid.snap(weight.double()).to(torch.int8), measured.sides, measured.unit, measured.ratio)
+
+
+def decode_grid(coded: Coded, route: Route, shape: tuple[int, ...]) -> Tensor:
+    """The fp32 weights of a grid format: one product a weight."""
+    form = FORMATS[route.format]
+    grid = make_grid(Measured(coded.sides, coded.unit, coded.ratio, None), route, coded.codes.shape[1], form.low,
+                     form.high)
+    return grid.value(coded.codes.float()).reshape(shape)
+
+
+def encode_sherry(weight: Tensor, route: Route) -> Coded:
+    """3:4 sparse signs: of four inputs the smallest becomes zero, the others their sign times the mean magnitude of the
+    group's survivors. A code holds four weights: place of the zero times 8 plus the three signs. Source: Sherry,
+    arXiv 2601.07892."""
+    wide = as_rows(weight).double()
+    wide = F.pad(wide, (0, -wide.shape[1] % 4))
+    rows, columns = wide.shape
+    blocks = wide.view(rows, columns // 4, 4)
+    place = blocks.abs().argmin(2, keepdim=True)
+    kept = torch.ones_like(blocks).scatter_(2, place, 0.0)
+    count = (kept.view(rows, columns) * (torch.arange(columns, device=wide.device) < as_rows(weight).shape[1]))
+    total, _ = _grouped((blocks.abs() * kept).view(rows, columns), route.group)
+    survivors = _grouped(count, route.group)[0].sum(2)
+    sides, unit, ratio = encode_levels(total.sum(2) / survivors.clamp_min(1), up=False)
+    others = torch.arange(3, device=wide.device) + (torch.arange(3, device=wide.device) >= place)
+    signs = (blocks.gather(2, others) < 0).long() @ torch.tensor([4, 2, 1], device=wide.device)
+    return Coded((place[..., 0] * 8 + signs).to(torch.int8), sides, unit, ratio)
+
+
+def decode_sherry(coded: Coded, route: Route, shape: tuple[int, ...]) -> Tensor:
+    """fp32 weights of sherry codes."""
+    codes = coded.codes.long().clamp(0, 31)
+    rows, blocks = codes.shape
+    columns = math.prod(shape) // rows
+    bits = torch.tensor([4, 2, 1], device=codes.device)
+    signs = 1.0 - 2.0 * ((codes[..., None] % 8) & bits > 0).float()
+    place = (codes // 8)[..., None]
+    others = torch.arange(3, device=codes.device) + (torch.arange(3, device=codes.device) >= place)
+    pattern = torch.zeros(rows, blocks, 4, device=codes.device).scatter_(2, others, signs).view(rows, -1)
+    step = decode_levels(coded.sides, coded.unit, coded.ratio)
+    step = step.repeat_interleave(route.group, 1)[:, :4 * blocks] if step.shape[1] > 1 else step
+    return (pattern * step)[:, :columns].reshape(shape)
+
+
+def encode_half(weight: Tensor, route: Route, dtype: torch.dtype) -> Coded:
+    """A 16-bit float, any shape; values beyond its range are an error, never infinities."""
+    half = as_rows(weight).to(dtype)
     if not torch.isfinite(half).all():
-        raise CheckError(f"a weight of {weight.abs().max():g} does not fit fp16, whose largest value is 65504")
-    return Coded(half, None)
+        raise CheckError(f"a weight of {weight.abs().max():g} does not fit {route.format}, whose largest value is "
+                         f"{torch.finfo(dtype).max:g}")
+    return Coded(half.view(torch.int16), {}, 1.0, 1.0)
 
 
-def decode_half(coded: Coded) -> Tensor:
-    """fp32 of the fp16 codes."""
-    return coded.codes.float()
+def decode_half(coded: Coded, route: Route, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """fp32 of the 16-bit patterns."""
+    return coded.codes.contiguous().view(dtype).float().reshape(shape)
+
+
+def encode_fp8(weight: Tensor, route: Route) -> Coded:
+    """e4m3 of the weights over a power of two that brings the largest one just below the format's end."""
+    wide, end = as_rows(weight).float(), torch.finfo(torch.float8_e4m3fn).max
+    largest = float(wide.abs().max())
+    unit = 2.0 ** math.ceil(math.log2(largest / end)) if largest > 1e-30 else 1.0
+    return Coded((wide / unit).to(torch.float8_e4m3fn).view(torch.int8), {}, unit, 1.0)
+
+
+def decode_fp8(coded: Coded, route: Route, shape: tuple[int, ...]) -> Tensor:
+    """fp32 of the e4m3 patterns."""
+    return (coded.codes.contiguous().view(torch.float8_e4m3fn).float() * coded.unit).reshape(shape)
 
 
 class Format(NamedTuple):
-    """A numeric format: encode(weight, bits, clip), decode, and its bits a weight."""
-    encode: Callable[[Tensor, int, Clip], Coded]
-    decode: Callable[[Coded], Tensor]
-    bits: int
+    """A numeric format: encode(weight, route) -> Coded, decode(coded, route, shape) -> fp32, bits of one weight before
+    entropy coding, the codes' range, and for formats with a grid what measures its scales."""
+    encode: Callable[[Tensor, Route], Coded]
+    decode: Callable[[Coded, Route, tuple[int, ...]], Tensor]
+    bits: float
+    low: int
+    high: int
+    measure: Callable[[Tensor, Route, int], Measured] | None = None
 
 
 FORMATS: dict[str, Format] = {
-    **{f"int{bits}": Format(encode_grid, decode_grid, bits) for bits in range(2, 9)},
-    "fp16": Format(encode_half, decode_half, 16),
+    **{f"int{bits}": Format(encode_grid, decode_grid, bits, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1,
+                            measure_symmetric) for bits in range(2, 9)},
+    **{f"uint{bits}": Format(encode_grid, decode_grid, bits, -2 ** (bits - 1), 2 ** (bits - 1) - 1,
+                             measure_asymmetric) for bits in range(2, 9)},
+    "ternary": Format(encode_grid, decode_grid, math.log2(3), -1, 1, measure_ternary),
+    "binary": Format(encode_grid, decode_grid, 1, -1, 1, measure_binary),
+    "sherry": Format(encode_sherry, decode_sherry, 1.25, 0, 31),
+    "fp8": Format(encode_fp8, decode_fp8, 8, -128, 127),
+    "fp16": Format(functools.partial(encode_half, dtype=torch.float16),
+                   functools.partial(decode_half, dtype=torch.float16), 16, -32768, 32767),
+    "bf16": Format(functools.partial(encode_half, dtype=torch.bfloat16),
+                   functools.partial(decode_half, dtype=torch.bfloat16), 16, -32768, 32767),
 }
+
+
+def project(weight: Tensor, route: Route) -> Tensor:
+    """The weight as it comes back from the artifact. Training takes its loss at this point and hands the gradient
+    straight to the weight (straight-through)."""
+    form = FORMATS[route.format]
+    return form.decode(form.encode(weight.detach(), route), route, tuple(weight.shape))
+def standard_policy(settings: ArtifactSettings) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The rows that the single settings stand for, below the user's own: parts of a block, then roles, then the
+    rest."""
+    def row(kind: str, bits: int, sigmas: float) -> dict[str, Any]:
+        name = f"{kind}{bits}" if kind in ("int", "uint") else kind
+        return {"format": name, "sigmas": sigmas, "group": settings.group_size, "quantile": settings.clip_quantile,
+                "solver": settings.solver}
+
+    shared = {"scale": settings.ternary_scale, "tau": settings.ternary_tau}
+    parts = [("*.mixer.*", settings.attn_clip_sigmas), ("*.mlp.*", settings.mlp_clip_sigmas)]
+    return (*((pattern, {"sigmas": sigmas}) for pattern, sigmas in parts if sigmas),
+            ("matrix", row(settings.matrix_format, settings.matrix_bits, settings.matrix_clip_sigmas)),
+            ("embedding", row(settings.embed_format, settings.embed_bits, settings.embed_clip_sigmas)),
+            ("*", {"format": settings.gain_format, **shared}))
+
+
+def pick_route(name: str, role: str, settings: ArtifactSettings) -> Route:
+    """How a parameter is stored: the first row of the policy that matches its name or role wins, field by field.
+
+    Raises ConfigError where the user's row asks a solver of a format without a grid.
+    """
+    fields: dict[str, Any] = {}
+    for pattern, values in parse_policy(settings.policy):
+        if pattern == role or fnmatch.fnmatchcase(name, pattern):
+            fields = {**values, **fields}
+    asked = fields.get("solver", "nearest")
+    for pattern, values in standard_policy(settings):
+        if pattern == role or fnmatch.fnmatchcase(name, pattern):
+            fields = {**values, **fields}
+    if not FORMATS[fields["format"]].measure:
+        if asked != "nearest":
+            raise ConfigError(f"POLICY={settings.policy}: {name}: {fields['format']} has no grid for solver={asked}")
+        fields["solver"] = "nearest"
+    return Route(**fields)
+
+
+def can_stretch(route: Route) -> bool:
+    """Whether the step of a format is free to be chosen."""
+    return route.format.startswith(("int", "uint"))
+
+
+def solve_nearest(weight: Tensor, grid: Grid, hessian: Tensor | None, settings: ArtifactSettings) -> Tensor:
+    """The nearest code of every weight (R, C), in fp64."""
+    return grid.snap(weight)
+
+
+def upper_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper U with U^T U = (H + damping * mean(diag H) * I)^-1. From one Cholesky factor of H with rows and columns
+    reversed, whose inverse is triangular too; the inverse of H itself is never formed."""
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype,
+                                                                       device=hessian.device)
+    lower, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if fault:
+        raise CheckError(f"GPTQ_DAMPING={damping:g}: too small to make the moments of the inputs invertible; raise it "
+                         "or GPTQ_CALIBRATION_BATCHES")
+    reverse = lower.flip(0, 1)  # upper R with H = R R^T
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(reverse, identity, upper=True)
+
+
+def solve_gptq(weight: Tensor, grid: Grid, hessian: Tensor, settings: ArtifactSettings) -> Tensor:
+    """Codes (R, C) column by column, the error of each pushed onto the columns still to come. weight (R, C) fp64,
+    hessian (C, C) = sum of x x^T. Columns in the order of falling diagonal; a column without input gets code of 0.
+    Source: GPTQ, arXiv 2210.17323.
+
+    With RATE_ROUNDING a code moves one towards zero where the bits it saves, by a Gaussian of the row around zero, are
+    worth the added error: at rate 1 by the grid's own exchange, a step^2 / 12 halved twice by each further bit.
+    """
+    hessian = hessian.to(weight.dtype).clone()
+    dead = hessian.diagonal() <= 0
+    hessian[dead, dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
+    rest = torch.where(dead, 0.0, weight)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    upper = upper_factor(hessian[order][:, order], settings.gptq_damping)
+    price = settings.rate_rounding * math.log(2) / 6 * math.log2(math.e) / 2
+    spread = (weight / grid.step).square().mean(1, keepdim=True).clamp_min(0.1)  # (R, 1), in steps^2
+    rest, grid = rest[:, order].T.contiguous(), grid.columns(order)  # (C, R): a column lies together
+    codes = torch.empty_like(rest)
+    for start in range(0, len(rest), settings.gptq_block):
+        stop = min(start + settings.gptq_block, len(rest))
+        block, part, errors = rest[start:stop].clone(), upper[start:stop], rest.new_empty(stop - start, rest.shape[1])
+        for index in range(stop - start):
+            column = grid.columns(slice(start + index, start + index + 1))
+            value = block[index][:, None]
+            code = column.snap(value)
+            if price:
+                away, at = code - column.zero, value / column.step
+                lower = away - away.sign()
+                worth = price * (away.square() - lower.square()) / spread
+                code = torch.where((at - lower).square() - (at - away).square() < worth, lower + column.zero, code)
+            errors[index] = ((value - column.value(code)) / part[index, start + index])[:, 0]
+            codes[start + index] = code[:, 0]
+            block[index + 1:] -= part[index, start + index + 1:stop, None] * errors[index]
+        rest[stop:] -= part[:, stop:].T @ errors
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {"nearest": solve_nearest, "gptq": solve_gptq}
+
+
+def prune_ones(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, share: float) -> Tensor:
+    """The codes with `share` of all 1 and -1 set to 0: those whose single change raises tr(E H E^T) least, E being the
+    error. Changing code q adds 2 s q (E H) + s^2 H_jj, so one product prices them all."""
+    ones = codes.abs() == 1
+    count = int(share * int(ones.sum()))
+    if not count:
+        return codes
+    hessian = hessian.to(weight.dtype)
+    error = weight - grid.value(codes)
+    change = codes * grid.step
+    cost = torch.where(ones, 2 * change * (error @ hessian) + change.square() * hessian.diagonal(), math.inf)
+    codes = codes.clone(memory_format=torch.contiguous_format)
+    codes.view(-1)[cost.flatten().argsort(stable=True)[:count]] = 0
+    return codes
+
+
+def solve(weight: Tensor, route: Route, hessian: Tensor | None, settings: ArtifactSettings) -> Coded:
+    """The tensor in its format, by its solver; ConfigError where a solver lacks the Hessian it needs."""
+    form = FORMATS[route.format]
+    if form.measure is None or (route.solver == "nearest" and (hessian is None or not settings.prune_ones)):
+        return form.encode(weight, route)
+    if hessian is None:
+        raise ConfigError(f"SOLVER={route.solver}: no input of this tensor was seen; STAGES needs calibrate")
+    wide = as_rows(weight).double()
+    measured = form.measure(wide, route, form.bits)
+    grid = make_grid(measured, route, wide.shape[1], form.low, form.high)
+    codes = SOLVERS[route.solver](wide, grid, hessian, settings)
+    if settings.prune_ones and "zeros" not in measured.sides:
+        codes = prune_ones(wide, codes, grid, hessian.to(wide.device), settings.prune_ones)
+    return Coded(codes.to(torch.int8), measured.sides, measured.unit, measured.ratio)
 
 
 # ==== 08 LAYERS =============================================================================================
@@ -1361,7 +1858,8 @@ class Delta(NamedTuple):
     b: Tensor
 
 
-Deltas = Mapping[str, Delta]
+# What a site adds: a low-rank product, or a function (output, input) -> output, which may also only watch.
+Deltas = Mapping[str, Delta | Callable[[Tensor, Tensor], Tensor]]
 
 
 def make_parameter(shape: tuple[int, ...], role: str, start: float | str = 0.0) -> nn.Parameter:
@@ -1375,7 +1873,10 @@ def add_delta(y: Tensor, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
     """y plus what deltas hold for the site, computed from x; y itself when they hold nothing."""
     if deltas is None or site not in deltas:
         return y
-    a, b = deltas[site]
+    delta = deltas[site]
+    if callable(delta):
+        return delta(y, x)
+    a, b = delta
     return y + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
 
 
@@ -1570,6 +2071,9 @@ class Skip(nn.Module):
         return x + brought if self.gate is None else torch.lerp(brought, x, self.gate.sigmoid().to(x.dtype))
 
 
+HEAD_ROWS = 2048
+
+
 class GPT(nn.Module):
     """The network's parameters. make_forward binds them to a phase of the plan."""
 
@@ -1607,7 +2111,8 @@ def make_forward(model: GPT, phase: int) -> Callable[[Tensor, Tensor | None, Del
 
     def forward(tokens: Tensor, docs: Tensor | None, deltas: Deltas | None = None) -> Tensor:
         mask = attention_mask(docs)
-        x = rms_norm(F.embedding(tokens, model.tok_emb).to(model.dtype), settings.norm_eps)  # (B, T, D)
+        looked_up = F.embedding(tokens, model.tok_emb)
+        x = rms_norm(add_delta(looked_up, looked_up, "embed", deltas).to(model.dtype), settings.norm_eps)  # (B, T, D)
         x0, kept = x, {}
         for step, block, skip, sites in bound:
             if skip is not None:
@@ -1652,8 +2157,9 @@ def init_weights(model: GPT, seed: int) -> None:
             parameter.copy_(fresh)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Copy weights into the model, strictly: ConfigError naming tensors that are missing, extra or of another shape."""
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str, check_only: bool = False) -> None:
+    """Copy weights into the model, strictly: ConfigError naming tensors that are missing, extra or of another shape.
+    `check_only` compares and copies nothing."""
     own = dict(model.named_parameters())
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is not in the model" for name in weights if name not in own]
@@ -1662,7 +2168,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     if faults:
         raise ConfigError(f"{what}: does not fit the model: {'; '.join(faults[:5])}")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in () if check_only else own.items():
             parameter.copy_(weights[name])
 
 
@@ -1688,26 +2194,29 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
 
 # ==== 10 OPTIMIZERS =========================================================================================
 # Update rules are pure functions on tensors; one thin class shares the work over ranks. Schedules are pure
-# functions of progress. ROLES says what happens to a parameter: its optimizer, rate, decay and storage. To
+# functions of progress. ROLES says what happens to a parameter: its optimizer, rate and decay. To
 # add a kind of parameter: add a row, stamp the role where the parameter is made.
 
 
 class Role(NamedTuple):
-    """How a kind of parameter is trained and stored: optimizer, names of the settings for rate and decay, and the
-    settings that give bits and clip of its storage ("" where it is stored in fp16)."""
+    """How a kind of parameter is trained: optimizer, and the names of the settings for rate and decay. How it is stored
+    is the policy's row of the same name."""
     optimizer: str
     rate: str
     decay: str
-    bits: str
-    sigmas: str
 
 
 ROLES: dict[str, Role] = {
-    "matrix": Role("muon", "matrix_lr", "muon_wd", "matrix_bits", "matrix_clip_sigmas"),
-    "embedding": Role("adamw", "tied_embed_lr", "embed_wd", "embed_bits", "embed_clip_sigmas"),
-    "gain": Role("adamw", "scalar_lr", "", "", ""),
-    "gate": Role("adamw", "scalar_lr", "", "", ""),
+    "matrix": Role("muon", "matrix_lr", "muon_wd"),
+    "embedding": Role("adamw", "tied_embed_lr", "embed_wd"),
+    "gain": Role("adamw", "scalar_lr", ""),
+    "gate": Role("adamw", "scalar_lr", ""),
 }
+
+
+def routes_of(model: nn.Module, settings: ArtifactSettings) -> dict[str, Route]:
+    """Parameter -> how it is stored."""
+    return {name: pick_route(name, parameter.role, settings) for name, parameter in model.named_parameters()}
 
 
 def check_roles(model: nn.Module) -> None:
@@ -1972,21 +2481,26 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; ConfigError when it is damaged. Never executes what it reads."""
+def load_tensors(path: Path, device: torch.device | str, cure: str) -> dict[str, Any]:
+    """What torch.save wrote at `path`; ConfigError with the cure when it is damaged. Never executes what it reads."""
     try:
         with zipfile.ZipFile(path) as archive:
             if broken := archive.testzip():
-                raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged (checksum of {broken}); "
-                                  "delete it to train again")
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        return Checkpoint(**held)
-    except ConfigError:
-        raise
+                raise ValueError(f"checksum of {broken}")
+        return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, TypeError, ValueError, KeyError, EOFError,
             NotImplementedError, pickle.UnpicklingError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged ({first}); delete it to train again") from None
+        raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged ({first}); {cure}") from None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; ConfigError when it is damaged."""
+    cure = "delete it to train again"
+    try:
+        return Checkpoint(**load_tensors(path, "cpu", cure))
+    except TypeError as error:
+        raise ConfigError(f"RUN_ID={path.parent.name}: {path} is damaged ({error}); {cure}") from None
 
 
 def check_same_weights(model: nn.Module, world: World) -> None:
@@ -1998,6 +2512,13 @@ def check_same_weights(model: nn.Module, world: World) -> None:
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     if len(set(world.gather(digest.hexdigest()))) > 1:
         raise CheckError("ranks hold different weights: the run is not reproducible and was stopped")
+
+
+@torch.no_grad()
+def store_weights(model: nn.Module, routes: Mapping[str, Route]) -> None:
+    """Replace every parameter by what its route makes of it."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(project(parameter, routes[name]))
 
 
 class Coverage:
@@ -2042,6 +2563,7 @@ class Trainer:
         self.batches = Batches(data.train, config.data, config.train, config.run.seed)
         self.optimizer = Optimizer(model, config.optim, world, model.dtype)
         self.average = Average(model, config.optim.ema_decay)
+        self.routes = routes_of(model, config.artifact)
         self.micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
         if self.micros % world.size:
             raise ConfigError(f"NPROC={world.size}: must divide the {self.micros} micro-batches of a step "
@@ -2137,6 +2659,22 @@ class Trainer:
         self.log.line(f"warmup:{settings.warmup_steps} passes of {len(self.losses)} plans "
                       f"in {self.log.clock() - began:.1f}s, not timed")
 
+    @contextlib.contextmanager
+    def as_stored(self, frac: float) -> Iterator[None]:
+        """From QAT_START on, the parameters inside the block are what the artifact would hold of them. The compiled
+        graph takes parameters as they are, so nothing in it has to be switched; gradients go straight to the
+        weights."""
+        if frac < self.config.artifact.qat_start or self.config.artifact.qat_start == 1:
+            yield
+            return
+        with torch.no_grad():
+            held = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
+            store_weights(self.model, self.routes)
+        try:
+            yield
+        finally:
+            load_weights(self.model, held, "weights before projection")
+
     # -- one step
 
     def progress(self) -> Progress:
@@ -2186,7 +2724,8 @@ class Trainer:
         """Gradients, update, average, log."""
         before = self.watch.seconds()
         phase = phase_at(self.model.phases, progress.frac)
-        loss, norm = self.gradients(phase)
+        with self.as_stored(progress.frac):
+            loss, norm = self.gradients(phase)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise CheckError(f"step {self.step}: train_loss={loss}, gradient norm {norm}: training diverged; lower "
                              f"MATRIX_LR={self.config.optim.matrix_lr:g}, TIED_EMBED_LR or SCALAR_LR, or set "
@@ -2211,10 +2750,11 @@ class Trainer:
 
     # -- around the steps
 
-    def validate(self, phase: int) -> None:
-        """Score the float weights on the whole validation split; the training clock stands still."""
+    def validate(self, frac: float) -> None:
+        """Score the weights as the forward uses them on the whole validation split; the training clock stands still."""
         self.watch.stop()
-        nats, bpb = self.score_float(phase)
+        with self.as_stored(frac):
+            nats, bpb = self.score_float(phase_at(self.model.phases, frac))
         seconds = self.watch.seconds()
         self.log.line(f"step:{self.step}/{self.config.train.iterations} val_loss:{nats:.4f} "
                       f"val_bpb:{bpb:.4f} train_time:{seconds * 1000:.0f}ms "
@@ -2290,7 +2830,7 @@ class Trainer:
         settings = self.config.train
         while not self.must_stop(progress := self.progress()):
             if settings.val_loss_every and self.step and self.step % settings.val_loss_every == 0:
-                self.validate(phase_at(self.model.phases, progress.frac))
+                self.validate(progress.frac)
             self.one_step(progress)
             if self.step % settings.sync_check_every == 0:
                 check_same_weights(self.model, self.world)
@@ -2320,12 +2860,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 # ==== 12 ARTIFACT ===========================================================================================
-# Weights to as few bytes as the routes allow, and back. The container is our own: magic, version, header,
-# blobs, checksum; no pickle, no dates, the same bytes every time. A reader trusts no length before it has
-# checked it. To add a codec: add a row to CODECS; the tests try every row.
+# Weights to as few bytes as the loss allows, and back. Calibration sees what goes into and out of every matrix;
+# the squeeze solves the codes, divided over ranks; streams of like symbols go through the smallest codec; the
+# fit chooses the steps so that all of it ends just below the cap. The container is our own: magic, version,
+# header, streams, checksum; no pickle, no dates, the same bytes every time. A reader trusts no length before it
+# has checked it. To add a codec: add a row to CODECS; the tests try every row.
 
-MAGIC, CONTAINER_VERSION = b"SIXTEEN\0", 1
-HEADER_LIMIT_BYTES, TENSOR_LIMIT_WEIGHTS = 1 << 22, 1 << 31
+MAGIC, CONTAINER_VERSION = b"SIXTEEN\0", 2
+HEADER_LIMIT_BYTES = 1 << 20
+# A reader allocates by what the header declares, so that may not be far from what the bytes can hold; a file with fewer
+# bits a weight, which no useful model has, is padded.
+WEIGHTS_PER_BYTE, WEIGHTS_FREE = 16, 1 << 18
+
+Matrices = list[np.ndarray]
+Shapes = list[tuple[int, int]]
 
 
 def _need(package: str, codec: str) -> Any:
@@ -2335,212 +2883,796 @@ def _need(package: str, codec: str) -> Any:
     return importlib.import_module(package)
 
 
-def _pack_zlib(symbols: np.ndarray) -> bytes:
-    return zlib.compress(symbols.tobytes(), 9)
+# -- layouts: matrices of symbols as bytes, for the byte compressors
 
 
-def _unpack_zlib(blob: bytes, count: int) -> bytes:
-    return zlib.decompressobj().decompress(blob, count + 1)
+def _flat(matrices: Matrices, low: int) -> np.ndarray:
+    """All symbols, shifted to start at 0, uint8 (n,)."""
+    return (np.concatenate([matrix.ravel() for matrix in matrices]).astype(np.int16) - low).astype(np.uint8)
+
+
+def _unflat(symbols: np.ndarray, shapes: Shapes, low: int) -> Matrices:
+    """The inverse of _flat."""
+    ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in
+            zip(np.split((symbols.astype(np.int16) + low).astype(np.int8), ends), shapes, strict=True)]
+
+
+def _exactly(data: bytes, count: int) -> np.ndarray:
+    """The bytes as uint8 (count,), or ValueError."""
+    if len(data) != count:
+        raise ValueError(f"{len(data)} bytes where {count} were declared")
+    return np.frombuffer(data, np.uint8)
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(rows * columns for rows, columns in shapes)
+
+
+def rows_pack(matrices: Matrices, low: int, high: int) -> bytes:
+    """A byte a symbol, row after row."""
+    return _flat(matrices, low).tobytes()
+
+
+def rows_unpack(data: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The inverse of rows_pack."""
+    return _unflat(_exactly(data, _count(shapes)), shapes, low)
+
+
+def columns_pack(matrices: Matrices, low: int, high: int) -> bytes:
+    """A byte a symbol, column after column."""
+    return _flat([matrix.T for matrix in matrices], low).tobytes()
+
+
+def columns_unpack(data: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The inverse of columns_pack."""
+    turned = _unflat(_exactly(data, _count(shapes)), [(columns, rows) for rows, columns in shapes], low)
+    return [matrix.T for matrix in turned]
+
+
+def base3_pack(matrices: Matrices, low: int, high: int) -> bytes:
+    """Five trits a byte, 243 of 256 values used."""
+    trits = _flat(matrices, low)
+    return (np.pad(trits, (0, -len(trits) % 5)).reshape(-1, 5) @ 3 ** np.arange(5)).astype(np.uint8).tobytes()
+
+
+def base3_unpack(data: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The inverse of base3_pack."""
+    count = _count(shapes)
+    packed = _exactly(data, -(-count // 5)).astype(np.int16)
+    return _unflat((packed[:, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count], shapes, low)
+
+
+def bits_pack(matrices: Matrices, low: int, high: int) -> bytes:
+    """One plane of bits after the other, eight weights a byte."""
+    symbols = _flat(matrices, low)
+    return b"".join(np.packbits(symbols >> bit & 1).tobytes() for bit in range((high - low).bit_length()))
+
+
+def bits_unpack(data: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The inverse of bits_pack."""
+    count, planes = _count(shapes), (high - low).bit_length()
+    packed = _exactly(data, planes * -(-count // 8)).reshape(planes, -1)
+    symbols = np.zeros(count, np.uint8)
+    for bit, plane in enumerate(packed):
+        symbols |= np.unpackbits(plane, count=count) << bit
+    return _unflat(symbols, shapes, low)
+
+
+def signs_pack(matrices: Matrices, low: int, high: int) -> bytes:
+    """Trits as a plane of `not zero`, then a sign for each that is not zero: 2 - z bits at a share z of zeros."""
+    symbols = _flat(matrices, low)
+    return np.packbits(symbols != 1).tobytes() + np.packbits(symbols[symbols != 1] >> 1).tobytes()
+
+
+def signs_unpack(data: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The inverse of signs_pack."""
+    count = _count(shapes)
+    split = -(-count // 8)
+    there = np.unpackbits(_exactly(data[:split], split), count=count)
+    some = int(there.sum())
+    symbols = np.ones(count, np.uint8)
+    symbols[there == 1] = 2 * np.unpackbits(_exactly(data[split:], -(-some // 8)), count=some)
+    return _unflat(symbols, shapes, low)
+
+
+class Layout(NamedTuple):
+    """A way of writing matrices of symbols low..high as bytes, its inverse, and the symbol counts it can hold."""
+    pack: Callable[[Matrices, int, int], bytes]
+    unpack: Callable[[bytes, Shapes, int, int], Matrices]
+    symbols: range
+
+
+# A stream's first byte is the letter of its layout.
+LAYOUTS: dict[str, Layout] = {
+    "r": Layout(rows_pack, rows_unpack, range(1, 257)),
+    "c": Layout(columns_pack, columns_unpack, range(1, 257)),
+    "b": Layout(bits_pack, bits_unpack, range(1, 65)),
+    "3": Layout(base3_pack, base3_unpack, range(3, 4)),
+    "s": Layout(signs_pack, signs_unpack, range(3, 4))}
+
+
+# -- codecs of bytes
+
+
+def zlib_decompress(blob: bytes, limit: int) -> bytes:
+    """At most limit + 1 bytes."""
+    return zlib.decompressobj().decompress(blob, limit + 1)
 
 
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
 
 
-def _pack_lzma(symbols: np.ndarray) -> bytes:
-    return lzma.compress(symbols.tobytes(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+def lzma_compress(data: bytes) -> bytes:
+    """Raw LZMA2."""
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
-def _unpack_lzma(blob: bytes, count: int) -> bytes:
-    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(blob, count + 1)
+def lzma_decompress(blob: bytes, limit: int) -> bytes:
+    """At most limit + 1 bytes."""
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(blob, limit + 1)
 
 
-def _pack_zstd(symbols: np.ndarray) -> bytes:
-    return _need("zstandard", "zstd").ZstdCompressor(level=22).compress(symbols.tobytes())
+def zstd_compress(data: bytes) -> bytes:
+    """Level 22."""
+    return _need("zstandard", "zstd").ZstdCompressor(level=22).compress(data)
 
 
-def _unpack_zstd(blob: bytes, count: int) -> bytes:
+def zstd_decompress(blob: bytes, limit: int) -> bytes:
+    """What the frame declares, if that is within the limit."""
     zstandard = _need("zstandard", "zstd")
     try:
-        if zstandard.frame_content_size(blob) != count:
-            raise ValueError(f"the frame declares {zstandard.frame_content_size(blob)} symbols, not {count}")
-        return zstandard.ZstdDecompressor().decompress(blob, max_output_size=count)
+        if not 0 <= zstandard.frame_content_size(blob) <= limit:
+            raise ValueError(f"the frame declares {zstandard.frame_content_size(blob)} bytes, {limit} fit")
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(blob, max_output_size=limit)
     except zstandard.ZstdError as error:
         raise ValueError(f"zstd: {error}") from None
 
 
-def _pack_brotli(symbols: np.ndarray) -> bytes:
-    return _need("brotli", "brotli").compress(symbols.tobytes(), quality=11, lgwin=24)
+def brotli_compress(data: bytes) -> bytes:
+    """Quality 11."""
+    return _need("brotli", "brotli").compress(data, quality=11, lgwin=24)
 
 
-def _unpack_brotli(blob: bytes, count: int) -> bytes:
+def brotli_decompress(blob: bytes, limit: int) -> bytes:
+    """At most limit + 1 bytes."""
     brotli = _need("brotli", "brotli")
-    decoder = brotli.Decompressor()
+    decoder, out = brotli.Decompressor(), b""
     try:
-        out = decoder.process(blob, output_buffer_limit=count + 1)
-        while len(out) <= count and not decoder.is_finished():
-            more = decoder.process(b"", output_buffer_limit=count + 1 - len(out))
-            if not more:
-                break
-            out += more
+        more = decoder.process(blob, output_buffer_limit=limit + 1)
+        while more and len(out := out + more) <= limit and not decoder.is_finished():
+            more = decoder.process(b"", output_buffer_limit=limit + 1 - len(out))
     except brotli.error as error:
         raise ValueError(f"brotli: {error}") from None
     return out
 
 
-FREQUENCY_BITS = 16
+def _bounded_child(command: list[str], data: bytes, limit: int, seconds: int = 600) -> bytes:
+    """Standard output of a program that may write `limit` bytes and use bounded memory and time, or ValueError: formats
+    whose decoders run programs of the file's own are never decoded in this process."""
+    import resource
+
+    def bounds() -> None:
+        for what, most in ((resource.RLIMIT_FSIZE, limit + 1), (resource.RLIMIT_AS, (4 << 30) + 4 * limit),
+                           (resource.RLIMIT_CPU, seconds)):
+            resource.setrlimit(what, (most, most))
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in"), Path(folder, "out")
+        source.write_bytes(data)
+        words = [word.format(source=source, target=target) for word in command]
+        done = subprocess.run(words, capture_output=True, preexec_fn=bounds, cwd=folder)
+        if done.returncode or not target.exists():
+            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+            raise ValueError(f"{Path(command[0]).name}: {said[-1] if said else 'failed'}")
+        return target.read_bytes()
 
 
-def integer_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Frequencies int64 that sum to 2^16, at least 1 where a count is positive: the coder's exact, portable model."""
-    total = 1 << FREQUENCY_BITS
-    shares, rests = np.divmod(counts.astype(np.int64) * total, int(counts.sum()))
-    frequencies = np.where(counts > 0, np.maximum(1, shares), 0)
-    lacking = total - int(frequencies.sum())
-    if lacking > 0:
-        frequencies[np.argsort(-rests, kind="stable")[:lacking]] += 1
-    for _ in range(-lacking):
-        # Rare symbols were lifted to 1; the most frequent one pays, where a unit changes the code least.
-        frequencies[np.argmax(frequencies)] -= 1
-    return frequencies
+def zpaq_compress(data: bytes) -> bytes:
+    """Method 5, one thread."""
+    return _need("zpaq", "zpaq").compress(data, level=5)
 
 
-def _range_model(frequencies: np.ndarray) -> Any:
-    constriction = _need("constriction", "range")
-    chances = frequencies.astype(np.float32) / (1 << FREQUENCY_BITS)
-    return constriction.stream.model.Categorical(chances, perfect=False)
+ZPAQ_CHILD = "import sys, zpaq; open(sys.argv[2], 'wb').write(zpaq.decompress(open(sys.argv[1], 'rb').read()))"
 
 
-def _pack_range(symbols: np.ndarray) -> bytes:
-    """Order-0 range coding. Layout: smallest and largest symbol, a u16 frequency for each between, then u32 words."""
-    constriction = _need("constriction", "range")
-    low, high = int(symbols.min()), int(symbols.max())
-    head = struct.pack("<BB", low, high)
-    if low == high:
-        return head
-    frequencies = integer_frequencies(np.bincount(symbols, minlength=256)[low:high + 1])
-    # A symbol that never occurs still needs a place in the model; it is dropped by renumbering.
-    used = np.flatnonzero(frequencies)
-    renumber = np.zeros(256, np.int32)
-    renumber[used + low] = np.arange(len(used))
-    coder = constriction.stream.queue.RangeEncoder()
-    coder.encode(renumber[symbols], _range_model(frequencies[used]))
-    return head + frequencies.astype("<u2").tobytes() + coder.get_compressed().astype("<u4").tobytes()
+def zpaq_decompress(blob: bytes, limit: int) -> bytes:
+    """Decoded in a bounded child: a zpaq file brings its own decoder program."""
+    _need("zpaq", "zpaq")
+    return _bounded_child([sys.executable, "-c", ZPAQ_CHILD, "{source}", "{target}"], blob, limit)
 
 
-def _unpack_range(blob: bytes, count: int) -> bytes:
-    constriction = _need("constriction", "range")
-    low, high = struct.unpack_from("<BB", blob)
-    if low == high:
-        return bytes([low]) * (count if len(blob) == 2 else 0)
-    width = high - low + 1
-    frequencies = np.frombuffer(blob, "<u2", width, 2).astype(np.int64)
-    words = np.frombuffer(blob, "<u4", offset=2 + 2 * width).astype(np.uint32)
-    used = np.flatnonzero(frequencies)
-    if high < low or frequencies.sum() != 1 << FREQUENCY_BITS or len(used) < 2:
-        raise ValueError("the frequency table does not sum to its total")
-    numbers = constriction.stream.queue.RangeDecoder(words).decode(_range_model(frequencies[used]), count)
-    return (used + low)[numbers].astype(np.uint8).tobytes()
+def lrzip_compress(data: bytes) -> bytes:
+    """The program lrzip with its ZPAQ back end."""
+    return _bounded_child(["lrzip", "-z", "-L", "9", "-q", "-f", "-o", "{target}", "{source}"], data,
+                          2 * len(data) + 4096)
+
+
+def lrzip_decompress(blob: bytes, limit: int) -> bytes:
+    """Decoded in a bounded child."""
+    return _bounded_child(["lrzip", "-d", "-q", "-f", "-o", "{target}", "{source}"], blob, limit)
+
+
+def pack_bytes(matrices: Matrices, low: int, high: int, compress: Callable[[bytes], bytes]) -> tuple[bytes, None]:
+    """The smallest of all layouts through a byte compressor. For long streams a sample chooses the layout."""
+    fitting = [letter for letter, layout in LAYOUTS.items() if high - low + 1 in layout.symbols]
+    if _count([matrix.shape for matrix in matrices]) > SAMPLE_SYMBOLS:
+        sample = _sample(matrices)
+        fitting = [min(fitting, key=lambda letter: len(compress(LAYOUTS[letter].pack(sample, low, high))))]
+    blobs = [letter.encode() + compress(LAYOUTS[letter].pack(matrices, low, high)) for letter in fitting]
+    return min(blobs, key=len), None
+
+
+def unpack_bytes(blob: bytes, shapes: Shapes, low: int, high: int, decompress: Callable[[bytes, int], bytes]
+                 ) -> Matrices:
+    """The inverse of pack_bytes; ValueError unless the bytes hold exactly the declared symbols."""
+    layout = LAYOUTS[blob[:1].decode()]
+    if high - low + 1 not in layout.symbols:
+        raise ValueError("a layout that cannot hold these symbols")
+    return layout.unpack(decompress(blob[1:], _count(shapes) + len(LAYOUTS) + 8), shapes, low, high)
+
+
+SAMPLE_SYMBOLS = 1 << 20
+
+
+def _sample(matrices: Matrices) -> Matrices:
+    """The first rows of every matrix, together about a quarter of SAMPLE_SYMBOLS."""
+    share = SAMPLE_SYMBOLS / 4 / _count([matrix.shape for matrix in matrices])
+    return [matrix[:math.ceil(share * len(matrix))] for matrix in matrices]
+
+
+# Trained weights are close to Gaussian once the scale of their column is known, so a symbol's context is one number:
+# the class of its predicted standard deviation, in eighths of an octave. The prediction multiplies a class sent for
+# each column (or row: a matrix is turned where that is cheaper) with what the coded part of the row tells: a row that
+# was divided by its own deviation has a known total energy, so what is left for its last columns is nearly known too.
+# Rows of embeddings often resemble each other (unused tokens, spelling variants): there a row may name an earlier row
+# and a factor to be predicted from. Every class has an integer table that starts as a Gaussian and learns from counts;
+# no table is sent. Encoder and decoder run the same code, and what decoding depends on is integer arithmetic or single
+# float64 operations that IEEE 754 defines exactly.
+
+TOTAL = 1 << 16  # sum of a frequency table
+CLASSES, UNIT = 90, 24  # scale class k stands for a standard deviation of 2 ** ((k - UNIT) / 8) steps
+PRIOR = 32  # times the alphabet: how many symbols the Gaussian start of a table counts for
+FLAT, BUDGET, REFERENCE = range(3)  # what is known about a row besides its columns
+BETAS, ROWCLASSES = 12, 48  # a reference row counts beta / 8; row scales are quarters of an octave
+
+
+@functools.cache
+def _coding() -> Any:
+    """The range coder of the constriction library."""
+    return _need("constriction", "range").stream
+
+
+@functools.cache
+def _normal() -> np.ndarray:
+    """Integral of exp(-t*t/2) from 0 in steps of 1/256 to 16, by integers only so that all machines agree."""
+    one, step = 1 << 80, 1 << 63  # step = 2**-17 = (1/256)**2 / 2 in units of 1 / one
+    term = ratio = one
+    for n in range(1, 8):  # ratio = exp(-step) as a series
+        term = -term * step // one // n
+        ratio += term
+    square, density, total, out = ratio * ratio >> 80, one, 0, [0]
+    for _ in range(4096):
+        after = density * ratio >> 80
+        total, density, ratio = total + density + after, after, ratio * square >> 80
+        out.append(total >> 50)
+    return np.array(out, np.int64)
+
+
+@functools.cache
+def _powers() -> list[int]:
+    """2 ** (k / 8) for k = 0..7 with 40 fractional bits."""
+    root = math.isqrt(math.isqrt(math.isqrt(1 << 641)))  # 2**(1/8) with 80 fractional bits
+    out = [1 << 80]
+    for _ in range(7):
+        out.append(out[-1] * root >> 80)
+    return [p >> 40 for p in out]
+
+
+def _power(k: int) -> int:
+    """2 ** (k / 8) with 24 fractional bits."""
+    shift = k // 8 - 16
+    return _powers()[k % 8] << shift if shift >= 0 else _powers()[k % 8] >> -shift
+
+
+@functools.cache
+def _ratios() -> np.ndarray:
+    """Borders of the classes, as ratios of a variance."""
+    return np.array([_power(2 * k + 1) for k in range(-32, 64)], np.float64) / (1 << 24)
+
+
+def _gaussian(scale: int, half: int, span: int) -> np.ndarray:
+    """Weights of -span..span for a Gaussian of class `scale` centred at half / 2, with a sliver of a wide one."""
+    edges = (2 * np.arange(-span, span + 2, dtype=np.int64) - 1 - half) * 128  # in 1/256 steps
+    out = np.zeros(2 * span + 1, np.int64)
+    for k, weight in ((scale, 2047), (scale + 16, 1)):
+        at = np.minimum(abs(edges) * _power(UNIT - k) >> 14, (4095 << 10) + 1023)  # 10 more fractional bits
+        whole, part = at >> 10, at & 1023
+        area = _normal()[whole] + ((_normal()[whole + 1] - _normal()[whole]) * part >> 10)
+        out += np.diff(np.where(edges < 0, -area, area)) * weight
+    return out // (int(out.sum()) // (PRIOR * span * TOTAL) + 1)
+
+
+def _model(weights: np.ndarray) -> Any:
+    """Frequencies of sum TOTAL, whose float32 partial sums are all exact; frequency 0 still costs only 24 bits."""
+    freq = weights * TOTAL // int(weights.sum())
+    freq[freq.argmax()] += TOTAL - int(freq.sum())
+    return _coding().model.Categorical(freq.astype(np.float32) / np.float32(TOTAL), perfect=False)
+
+
+class RangeCoder:
+    """Range coder in either direction, with the adaptive tables of one alphabet."""
+
+    def __init__(self, span: int, words: np.ndarray | None) -> None:
+        self.span, self.encoder = span, _coding().queue.RangeEncoder() if words is None else None
+        self.decoder = None if words is None else _coding().queue.RangeDecoder(words)
+        self.tables: dict[int, list] = {}
+
+    def code(self, model: Any, count: int, symbols: np.ndarray | None) -> np.ndarray:
+        """`count` symbols of one model: those given are encoded, without any they are decoded."""
+        if self.encoder is None:
+            return self.decoder.decode(model, count)
+        self.encoder.encode(symbols, model)
+        return symbols
+
+    def field(self, value: int | None, size: int) -> int:
+        """One number below `size`, all equally likely."""
+        if size < 2:
+            return 0
+        if self.encoder is None:
+            return int(self.decoder.decode(_coding().model.Uniform(size)))
+        self.encoder.encode(int(value), _coding().model.Uniform(size))
+        return int(value)
+
+    def bits(self) -> float:
+        """Bits written so far."""
+        position, (_, width) = self.encoder.pos()
+        return 32.0 * position + 64.0 - math.log2(width)
+
+    def adaptive(self, context: int, count: int, symbols: np.ndarray | None) -> np.ndarray:
+        """Symbols of one context with its table; contexts are class * 2 + half, or above those flat side tables."""
+        table = self.tables.get(context)
+        if table is None:
+            if context < 2 * CLASSES:
+                counts = _gaussian(context >> 1, context & 1, self.span)
+            else:
+                peak = ROWCLASSES // 2 if context > 2 * CLASSES else 0  # row scales around 1, factors around none
+                counts = 8 * TOTAL // (1 + abs(np.arange(ROWCLASSES) - peak))
+            table = self.tables[context] = [counts, 0, 0, None]  # weights, symbols seen, next refit, model
+        parts, done = [], 0
+        while done < count:
+            if table[1] >= table[2]:
+                table[3] = _model(table[0])
+                table[2] = table[1] + table[1] // 4 + 32
+            size = min(count - done, table[2] - table[1])
+            part = self.code(table[3], size, None if symbols is None else symbols[done:done + size])
+            table[0] += np.bincount(part, minlength=len(table[0])) * TOTAL
+            parts.append(part)
+            done, table[1] = done + size, table[1] + size
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def block(self, contexts: np.ndarray, symbols: np.ndarray | None) -> np.ndarray:
+        """Symbols of known contexts (uint8), grouped by context so that each group is one call."""
+        counts = np.bincount(contexts)
+        used = np.flatnonzero(counts).tolist()
+        if len(used) == 1:
+            return self.adaptive(used[0], len(contexts), symbols)
+        order = np.argsort(contexts, kind="stable")
+        wanted = None if symbols is None else symbols[order]
+        parts, at = [], 0
+        for context in used:
+            end = at + int(counts[context])
+            parts.append(self.adaptive(context, end - at, None if wanted is None else wanted[at:end]))
+            at = end
+        if symbols is not None:
+            return symbols
+        out = np.empty(len(contexts), np.int32)
+        out[order] = np.concatenate(parts)
+        return out
+
+
+def _classes(ratio: np.ndarray | float) -> np.ndarray:
+    """Eighths of an octave of a standard deviation, from its variance ratio."""
+    return np.searchsorted(_ratios(), ratio) - 32
+
+
+def _matrix(coder: RangeCoder, shape: tuple[int, int], low: int, plan: dict | None) -> np.ndarray:
+    """Code one matrix: `plan` has what the encoder decided, None decodes."""
+    span, get = coder.span, (plan or {}).get
+    kind, turn = coder.field(get("kind"), 3), coder.field(get("turn"), 2)
+    rows, columns = shape[::-1] if turn else shape
+    centre = coder.field(get("centre"), span + 1)
+    energy = coder.field(get("energy"), (1 << 24) - 1) + 1  # mean square of a symbol in 1/256
+    coarse, width = coder.field(get("coarse"), 3), coder.field(get("width"), 64)
+    scale = np.zeros(columns, np.int64)
+    if width:
+        scale = (coder.code(_model(_gaussian(width, 0, 31)), columns, get("scale")).astype(np.int64) - 31) << coarse
+    share = np.array([_power(2 * k) for k in range(-40, 41)])[scale.clip(-40, 40) + 40]
+    scale += int(_classes(energy / 256)) + UNIT
+    x = get("x")  # values less the centre
+    out = np.empty((rows, columns), np.int32)
+    if kind == REFERENCE:
+        edges = [*np.unique(_starts(rows, columns)).tolist(), rows]
+        for a, b in itertools.pairwise(edges):
+            sent = {k: plan[k][a:b] for k in ("beta", "size", "named")} if plan else {}
+            beta, named = np.zeros(b - a, np.int32), np.zeros(b - a, np.int32)
+            if a > 1:
+                beta = coder.adaptive(2 * CLASSES, b - a, sent.get("beta"))
+                at = np.flatnonzero(beta)
+                named[at] = coder.code(_coding().model.Uniform(a), len(at), sent["named"][at] if plan else None)
+            size = coder.block((2 * CLASSES + 1 + np.minimum(beta, BETAS)).astype(np.uint8), sent.get("size"))
+            half = (beta[:, None] * out[named] + 2) >> 2  # the prediction in half steps
+            guess = (half >> 1).clip(-centre, span - centre)
+            context = scale + (2 * size[:, None] - ROWCLASSES)
+            context = (context.clip(0, CLASSES - 1) * 2 + (half & 1)).astype(np.uint8).ravel()
+            got = coder.block(context, None if x is None else (x[a:b] - guess + span).ravel())
+            out[a:b] = got.reshape(b - a, columns) - span + guess
+    else:
+        squares, sums = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        left, a = int(share.sum()), 0
+        whole, mean = left, energy / 256
+        while a < columns:
+            b = min(columns, a + max(1, (columns - a) // 8, 512 // rows))
+            context = np.broadcast_to(scale[a:b], (rows, b - a))
+            if kind == BUDGET and a:
+                rest = (mean * columns * columns - (columns * squares - sums * sums)) / (mean * columns * columns)
+                trust = (columns - a) / ((columns - a) + columns / (6.0 * mean))
+                context = context + _classes(np.maximum(0.3, 1.0 + trust * (rest * (whole / left) - 1.0)))[:, None]
+            context = (context.clip(0, CLASSES - 1) * 2).astype(np.uint8).ravel()
+            got = coder.block(context, None if x is None else (x[:, a:b] + span).ravel())
+            part = out[:, a:b] = got.reshape(rows, b - a) - span
+            squares += (part * part).sum(1)
+            sums += part.sum(1)
+            left, a = left - int(share[a:b].sum()), b
+    out += low + centre
+    return out.T if turn else out
+
+
+def _starts(rows: int, columns: int) -> np.ndarray:
+    """First row of each row's block: rows refer to earlier blocks only, so blocks start small and grow for speed."""
+    out, a = np.zeros(rows, np.int32), 0
+    while a < rows:
+        b = a + min(max(1, a // 16), max(2, 4096 // columns))
+        out[a:b] = a
+        a = b
+    return out
+
+
+def _columns(variance: np.ndarray, rows: float) -> tuple[float, int, int, np.ndarray]:
+    """Cheapest classes of the columns (relative variances): bits against none, coarseness, width, classes + 31."""
+    best = (0.0, 0, 0, np.zeros(len(variance), np.int32))
+    if rows < 8:
+        return best
+    grid = np.arange(-31, 32)
+    plain = rows / 2 * variance.sum() / math.log(2)
+    for coarse in range(3):
+        ratio = 2.0 ** ((grid << coarse).clip(-40, 40) / 4)
+        spread = np.log2(variance.clip(1e-3, 1e3)) * 4 / (1 << coarse)
+        for shrink in (1.0, 0.7, 0.45):
+            width = int(round(UNIT + 8 * math.log2(max(0.13, float(spread.std()) * shrink))))
+            width = min(63, max(1, width))
+            freq = _gaussian(width, 0, 31)
+            freq = freq / freq.sum()
+            side = -np.log2(freq.clip(2.0**-24, 1))
+            cost = side[:, None] + rows / 2 * (np.log2(ratio)[:, None] + variance / ratio[:, None] / math.log(2))
+            pick = cost.argmin(0)
+            bits = float(cost[pick, np.arange(len(pick))].sum()) - plain
+            if bits < best[0]:
+                best = (bits, coarse, width, pick.astype(np.int32))
+    return best
+
+
+def _plan(matrix: np.ndarray, low: int, span: int, kinds: tuple[int, ...]) -> dict:
+    """Decide how to code a matrix, by Gaussian estimates of what each kind would save."""
+    centre = min(span, max(0, int(round(float(matrix.mean()))) - low))
+    x = matrix.astype(np.int32) - (low + centre)
+    best: dict = {"bits": math.inf}
+    for turn in ((0, 1) if min(x.shape) > 1 else (int(x.shape[1] == 1),)):
+        y = x.T if turn else x
+        rows, columns = y.shape
+        square = (y * y).astype(np.float64)
+        mean = max(float(square.mean()), 1 / 256)
+        energy = square.mean(0)
+        expected = float(square.var(0).sum()) + 1e-9  # variance of a row's energy if its symbols are independent
+        kind, tails = FLAT, min(1.0, 2 * float((energy * energy).sum()) / expected)  # heavy tails: energies tell less
+        bits, coarse, width, scale = _columns(energy / mean, rows * tails)
+        if columns > 8 and rows > 8:
+            budget = square.sum(1) - y.sum(1) ** 2.0 / columns
+            noise = max(float(budget.var()), mean * columns / 3)
+            gain = rows / 2 * math.log2(expected / noise) - 3 * math.sqrt(rows)
+            if gain > 0 and BUDGET in kinds:
+                kind, bits, mean = BUDGET, bits - gain, float(budget.mean()) / columns
+        if bits < best["bits"]:
+            best = {"bits": bits, "kind": kind, "turn": turn, "coarse": coarse, "width": width, "scale": scale,
+                    "x": y, "energy": max(0, round(mean * 256) - 1)}
+    if REFERENCE in kinds and x.shape[0] > 32 and x.shape[1] > 15:
+        refer = _refer(x)
+        if refer and refer["bits"] < best["bits"]:
+            best = refer
+    return best | {"centre": centre}
+
+
+def _entropy(values: np.ndarray) -> float:
+    """Bits of all values at their own frequencies."""
+    counts = np.unique(values, return_counts=True)[1]
+    return float((counts * np.log2(len(values) / counts)).sum())
+
+
+def _refer(x: np.ndarray) -> dict | None:
+    """Name for each row the earlier row that predicts it best."""
+    rows, columns = x.shape
+    start = _starts(rows, columns)
+    f = x.astype(np.float32)
+    norm = np.sqrt(np.einsum("ij,ij->i", f, f) + np.float32(1e-3))
+    f /= norm[:, None]
+    named, beta = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    probe = np.arange(1, rows, max(1, rows // 64))  # a glance first: most matrices have no rows that resemble
+    slabs = [probe] + [np.arange(a, min(rows, a + 512)) for a in range(0, rows, 512)]
+    for n, slab in enumerate(slabs):
+        first, last = int(start[slab[0]]), int(slab[-1])
+        alike = f[slab] @ f[:last + 1].T
+        alike[:, first:][np.arange(first, last + 1) >= start[slab][:, None]] = -1
+        pick = alike.argmax(1)
+        close = alike[np.arange(len(slab)), pick].clip(0, 1)
+        gain = -columns / 2 * np.log2(1.003 - close**2)
+        if n == 0 and (gain - 11).clip(0).sum() < len(slab) / 2:
+            return None
+        factor = np.round(8 * close * norm[slab] / norm[pick]).clip(0, BETAS - 1).astype(np.int32)
+        good = (gain > np.log2(slab + 1.0) + 4) & (start[slab] > 1)
+        named[slab], beta[slab] = pick, np.where(good, factor, 0)
+    if (beta > 0).mean() < 0.05:  # row scales alone are cheaper as the column classes of the turned matrix
+        return None
+    rest = (x - np.where(beta[:, None] > 0, (beta[:, None] * x[named] + 2) >> 2, 0) / 2.0) ** 2
+    mean = max(float(rest.mean()), 1 / 256)
+    size = np.round(4 * np.log2(np.sqrt((rest.mean(1) + 0.01) / mean))).clip(-24, 23).astype(np.int32)
+    bits, coarse, width, scale = _columns((rest / (2.0 ** (size[:, None] / 2))).mean(0) / mean, rows)
+    bits += float(np.log2(np.arange(rows) + 1.0)[beta > 0].sum()) + _entropy(beta * 64 + size) + 200
+    bits += columns / 2 * float((size / 2.0 + math.log2(mean / float((x * x).mean()))).sum())
+    return {"bits": bits, "kind": REFERENCE, "turn": 0, "coarse": coarse, "width": width, "scale": scale, "x": x,
+            "energy": max(0, round(mean * 256) - 1), "beta": beta, "size": size + ROWCLASSES // 2, "named": named}
+
+
+def _pack_range(matrices: Matrices, kinds: tuple[int, ...]) -> tuple[bytes, list[float]]:
+    filled = [m for m in matrices if m.size]
+    low = min((int(m.min()) for m in filled), default=0)
+    span = max((int(m.max()) for m in filled), default=0) - low
+    if not span:
+        return bytes([low & 255, low & 255]) if filled else b"", [0.0] * len(matrices)
+    coder, bits = RangeCoder(span, None), [0.0]
+    for m in matrices:
+        if m.size:
+            _matrix(coder, m.shape, low, _plan(m, low, span, kinds))
+        bits.append(coder.bits())
+    words = coder.encoder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
+    return bytes([low & 255, low + span & 255]) + words, [b - a for a, b in itertools.pairwise(bits)]
+
+
+def unpack_range(blob: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The matrices of a range-coded stream; ValueError for damage."""
+    if not _count(shapes):
+        return [np.zeros(shape, np.int8) for shape in shapes]
+    if len(blob) < 2:
+        raise ValueError("a range-coded stream begins with its smallest and largest symbol")
+    first, last = np.frombuffer(blob[:2], np.int8).tolist()
+    if first > last:
+        raise ValueError("the smallest symbol is larger than the largest")
+    if first == last:
+        return [np.full(shape, first, np.int8) for shape in shapes]
+    words = np.frombuffer(blob[2:] + bytes(-(len(blob) - 2) % 4), ">u4").astype(np.uint32)
+    coder, out = RangeCoder(last - first, words), []
+    for shape in shapes:
+        matrix = _matrix(coder, shape, first, None) if shape[0] * shape[1] else np.zeros(shape, np.int32)
+        if matrix.size and (matrix.min() < first or matrix.max() > last):
+            raise ValueError(f"a symbol outside {first}..{last}")
+        out.append(np.ascontiguousarray(matrix, np.int8))
+    return out
+
+
+def pack_context(matrices: Matrices, low: int, high: int) -> tuple[bytes, list[float]]:
+    """All matrices as one stream with every context that pays; also the bits spent on each."""
+    return _pack_range(matrices, (FLAT, BUDGET, REFERENCE))
+
+
+def pack_static(matrices: Matrices, low: int, high: int) -> tuple[bytes, list[float]]:
+    """The same with contexts known beforehand only, the classes of the columns: faster."""
+    return _pack_range(matrices, (FLAT,))
 
 
 class Codec(NamedTuple):
-    """A lossless coder of bytes: pack(uint8 (n,)) -> bytes, unpack(bytes, n) -> n bytes; the package it needs."""
-    pack: Callable[[np.ndarray], bytes]
-    unpack: Callable[[bytes, int], bytes]
-    package: str
+    """A lossless coder of matrices of symbols low..high: pack -> (blob, bits spent on each matrix or None), unpack
+    (raises ValueError for anything damaged), and what it needs: a Python package, or a program."""
+    pack: Callable[[Matrices, int, int], tuple[bytes, list[float] | None]]
+    unpack: Callable[[bytes, Shapes, int, int], Matrices]
+    needs: str
+
+
+def _byte_codec(compress: Callable[[bytes], bytes], decompress: Callable[[bytes, int], bytes], needs: str) -> Codec:
+    return Codec(functools.partial(pack_bytes, compress=compress),
+                 functools.partial(unpack_bytes, decompress=decompress), needs)
 
 
 CODECS: dict[str, Codec] = {
-    "zlib": Codec(_pack_zlib, _unpack_zlib, "zlib"),
-    "lzma": Codec(_pack_lzma, _unpack_lzma, "lzma"),
-    "zstd": Codec(_pack_zstd, _unpack_zstd, "zstandard"),
-    "brotli": Codec(_pack_brotli, _unpack_brotli, "brotli"),
-    "range": Codec(_pack_range, _unpack_range, "constriction"),
+    "context": Codec(pack_context, unpack_range, "constriction"),
+    "range": Codec(pack_static, unpack_range, "constriction"),
+    "zlib": _byte_codec(functools.partial(zlib.compress, level=9), zlib_decompress, "zlib"),
+    "lzma": _byte_codec(lzma_compress, lzma_decompress, "lzma"),
+    "zstd": _byte_codec(zstd_compress, zstd_decompress, "zstandard"),
+    "brotli": _byte_codec(brotli_compress, brotli_decompress, "brotli"),
+    "zpaq": _byte_codec(zpaq_compress, zpaq_decompress, "zpaq"),
+    "lrzip": _byte_codec(lrzip_compress, lrzip_decompress, "program lrzip"),
 }
 
 
-def pick_codecs(choice: str) -> tuple[list[str], list[str]]:
+def codec_there(name: str) -> bool:
+    """Whether what a codec needs is installed."""
+    kind, _, program = CODECS[name].needs.rpartition(" ")
+    return shutil.which(program) is not None if kind else importlib.util.find_spec(program) is not None
+
+
+def pick_codecs(choice: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Names of the codecs to try, and names of those `auto` has to do without. A named one must be there."""
-    if choice != "auto":
-        _need(CODECS[choice].package, choice)
-        return [choice], []
-    there = [name for name, codec in CODECS.items() if importlib.util.find_spec(codec.package) is not None]
-    return there, [name for name in CODECS if name not in there]
+    if choice == ("auto",):
+        there = [name for name in AUTO_CODECS if codec_there(name)]
+        return there, [name for name in AUTO_CODECS if name not in there]
+    for name in choice:
+        if not codec_there(name):
+            what = CODECS[name].needs
+            raise ConfigError(f"CODEC={name}: needs the {what if ' ' in what else f'Python package {what}'}, which is "
+                              "not installed")
+    return list(choice), []
 
 
-def pack_symbols(symbols: np.ndarray, names: list[str]) -> tuple[str, bytes]:
-    """The smallest packing of uint8 symbols (n,), and its codec; ties go to the earlier name."""
-    packed = [(name, CODECS[name].pack(symbols)) for name in names]
-    return min(packed, key=lambda pair: len(pair[1]))
+def entropy_bits(symbols: np.ndarray) -> float:
+    """Zeroth-order entropy of all symbols together, in bits."""
+    counts = np.bincount(symbols.ravel().astype(np.int16) + 128)
+    counts = counts[counts > 0]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-def unpack_symbols(name: str, blob: bytes, count: int) -> np.ndarray:
-    """Exactly `count` uint8 symbols, or ValueError."""
-    out = CODECS[name].unpack(blob, count)
-    if len(out) != count:
-        raise ValueError(f"{name} gave {len(out)} symbols, {count} were declared")
-    return np.frombuffer(out, np.uint8)
+def pack_stream(matrices: Matrices, low: int, high: int, names: list[str]) -> tuple[str, bytes, list[float]]:
+    """The smallest packing of a stream: its codec, its bytes, and the bits of each matrix (by entropy, where the codec
+    cannot say). Of many codecs a sample picks the two that a long stream goes through. Ties go to the earlier name."""
+    if len(names) > 2 and _count([matrix.shape for matrix in matrices]) > SAMPLE_SYMBOLS:
+        sample = _sample(matrices)
+        names = sorted(names, key=lambda name: len(CODECS[name].pack(sample, low, high)[0]))[:2]
+    packed = [(name, *CODECS[name].pack(matrices, low, high)) for name in names]
+    name, blob, bits = min(packed, key=lambda row: len(row[1]))
+    if bits is None:
+        shares = [entropy_bits(matrix) + 1e-9 for matrix in matrices]
+        bits = [8 * len(blob) * share / sum(shares) for share in shares]
+    return name, blob, bits
 
 
-def _to_planes(tensor: Tensor) -> np.ndarray:
-    """Codes or scales as uint8 (n,): int8 shifted by 128; fp16 as all low bytes, then all high bytes."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    if flat.dtype == torch.int8:
-        return (flat.numpy().view(np.uint8) ^ 0x80).copy()
-    return np.ascontiguousarray(flat.numpy().view(np.uint8).reshape(-1, 2).T).reshape(-1)
+def unpack_stream(name: str, blob: bytes, shapes: Shapes, low: int, high: int) -> Matrices:
+    """The matrices of a stream, or ValueError."""
+    try:
+        matrices = CODECS[name].unpack(blob, shapes, low, high)
+    except (KeyError, IndexError, TypeError, OverflowError, struct.error, zlib.error, lzma.LZMAError, OSError,
+            ArithmeticError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    if any(matrix.shape != tuple(shape) or (matrix.size and (matrix.min() < low or matrix.max() > high))
+           for matrix, shape in zip(matrices, shapes, strict=True)):
+        raise ValueError(f"{name}: a symbol outside {low}..{high}")
+    return matrices
 
 
-def _from_planes(symbols: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The inverse of _to_planes."""
-    if dtype == torch.int8:
-        raw = (symbols ^ 0x80).view(np.int8)
-    else:
-        raw = np.ascontiguousarray(symbols.reshape(2, -1).T).view(np.float16).reshape(-1)
-    return torch.from_numpy(raw.copy()).reshape(shape)
+# -- the container
 
 
-class Route(NamedTuple):
-    """How one tensor was stored: the row printed for it and written to events.jsonl."""
+class Stored(NamedTuple):
+    """A tensor on its way into the container: its route, shape and codes, and the name of the tensor that it corrects
+    (a pair of such factors, left and right, is added to that tensor), or "" for a tensor of its own."""
+    route: Route
+    shape: tuple[int, ...]
+    coded: Coded
+    corrects: str = ""
+
+
+class Part(NamedTuple):
+    """One matrix of symbols: its stream, its shape, the range of its symbols."""
+    stream: str
+    shape: tuple[int, int]
+    low: int
+    high: int
+
+
+def parts_of(route: Route, shape: tuple[int, ...]) -> dict[str, Part]:
+    """The matrices a tensor is stored as, by the name of the field of Coded, in order. Reader and writer both ask
+    here."""
+    form, count = FORMATS[route.format], math.prod(shape)
+    rows = 1 if len(shape) < 2 else shape[0]
+    columns = count // rows if rows else 0
+    if form.bits == 16:
+        return {half: Part(f"{route.format} {half}", (rows, columns), -128, 127) for half in ("low", "high")}
+    across = -(-columns // 4) if route.format == "sherry" else columns
+    low, high, name = form.low, form.high, route.format
+    if route.fine[2]:
+        low, high, name = -127, 127, f"{name} fine"
+    parts = {"codes": Part(name, (rows, across), low, high)}
+    if route.format == "fp8":
+        return parts
+    groups = group_count(4 * across if route.format == "sherry" else columns, route.group)
+    parts["levels"] = Part("levels", (rows, 1), 0, 127)
+    if groups > 1:
+        parts["groups"] = Part("groups", (rows, groups), -127, 127)
+    if route.format.startswith("uint"):
+        parts["zeros"] = Part("zeros", (rows, groups), -128, 127)
+    return parts
+
+
+def matrices_of(coded: Coded) -> dict[str, np.ndarray]:
+    """The int8 matrices of a coded tensor by the names that parts_of gives them."""
+    codes = coded.codes.cpu().numpy()
+    if codes.dtype == np.int16:
+        halves = np.ascontiguousarray(codes).view(np.uint8).reshape(*codes.shape, 2)
+        return {"low": (halves[..., 0] ^ 128).view(np.int8), "high": (halves[..., 1] ^ 128).view(np.int8)}
+    return {"codes": codes, **{name: side.cpu().numpy() for name, side in coded.sides.items()}}
+
+
+def coded_from(matrices: dict[str, np.ndarray], unit: float, ratio: float) -> Coded:
+    """The inverse of matrices_of."""
+    if "high" in matrices:
+        halves = np.stack([matrices["low"].view(np.uint8) ^ 128, matrices["high"].view(np.uint8) ^ 128], -1)
+        return Coded(torch.from_numpy(halves.view(np.int16)[..., 0].copy()), {}, unit, ratio)
+    held = {name: torch.from_numpy(np.ascontiguousarray(matrix)) for name, matrix in matrices.items()}
+    return Coded(held.pop("codes"), held, unit, ratio)
+
+
+class Entry(NamedTuple):
+    """What a tensor took: the row printed for it and written to events.jsonl. Costs are in nats a token, by the second
+    moments of calibration; nan without one."""
     name: str
     role: str
     format: str
+    solver: str
     codec: str
     weights: int
-    bytes: int
+    bytes: float
+    scale_bytes: float
     error: float
+    hessian_error: float
+    cost: float
 
 
-def pick_format(role: str, settings: ArtifactSettings) -> tuple[str, Clip]:
-    """Name of a role's storage format, and the clip of its grid."""
-    row = ROLES[role]
-    name = f"int{getattr(settings, row.bits)}" if row.bits else "fp16"
-    return name, Clip(getattr(settings, row.sigmas) if row.sigmas else 0.0, settings.clip_quantile)
+def pack_artifact(stored: Mapping[str, Stored], facts: dict[str, Any], codecs: list[str]
+                  ) -> tuple[bytes, dict[str, tuple[str, float, float]]]:
+    """The artifact's bytes, and for every tensor its codec, its bytes and those of them that are scales. `facts` is
+    what a reader needs to rebuild the model."""
+    streams: dict[str, list[tuple[str, str, Part, np.ndarray]]] = {}
+    rows = []
+    for name, (route, shape, coded, corrects) in stored.items():
+        own = "" if route.codec == "auto" else f" {route.codec}"
+        matrices = matrices_of(coded)
+        for field, part in parts_of(route, shape).items():
+            streams.setdefault(part.stream + own, []).append((name, field, part, matrices[field]))
+        rows.append([name, route.format, list(shape), route.group, list(route.fine), coded.unit, coded.ratio, own,
+                     corrects])
+    blobs, table, found = [], [], {name: ["", 0.0, 0.0] for name in stored}
+    for key, members in streams.items():
+        own = CODECS.keys() & {key.rpartition(" ")[2]}
+        part = members[0][2]
+        codec, blob, bits = pack_stream([matrix for *_, matrix in members], part.low, part.high,
+                                        list(own) or codecs)
+        table.append([key, codec, len(blob)])
+        blobs.append(blob)
+        for (name, field, *_), spent in zip(members, bits, strict=True):
+            held = found[name]
+            held[0] = held[0] if field in FIELDS_OF_SCALES else codec
+            held[2 if field in FIELDS_OF_SCALES else 1] += spent / 8
+    symbols = sum(matrix.size for members in streams.values() for *_, matrix in members)
+    padding = max(0, -(-(symbols - WEIGHTS_FREE) // WEIGHTS_PER_BYTE) - sum(map(len, blobs)))
+    header = zlib.compress(json.dumps({**facts, "tensors": rows, "streams": table, "padding": padding}, sort_keys=True,
+                                      separators=(",", ":")).encode(), 9)
+    body = b"".join([MAGIC, struct.pack("<HI", CONTAINER_VERSION, len(header)), header, *blobs, bytes(padding)])
+    return body + hashlib.sha256(body).digest(), {name: (codec, own + sides, sides)
+                                                  for name, (codec, own, sides) in found.items()}
 
 
-def pack_artifact(weights: Mapping[str, Tensor], roles: Mapping[str, str], facts: dict[str, Any],
-                  settings: ArtifactSettings) -> tuple[bytes, list[Route]]:
-    """The artifact's bytes and the route of every tensor. `facts` is what a reader needs to rebuild the model."""
-    codecs, _ = pick_codecs(settings.codec)
-    routes, rows, blobs = [], [], []
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise CheckError(f"{name} holds values that are not finite; nothing was written")
-        format_name, clip = pick_format(roles[name], settings)
-        form = FORMATS[format_name]
-        coded = form.encode(weight.detach().cpu().float(), form.bits, clip)
-        codec, blob = pack_symbols(_to_planes(coded.codes), codecs)
-        scale_codec, scales = pack_symbols(_to_planes(coded.scales), codecs) if coded.scales is not None else ("", b"")
-        rows.append([name, format_name, list(weight.shape), codec, len(blob), scale_codec, len(scales)])
-        blobs += [blob, scales]
-        decoded = form.decode(coded).reshape(weight.shape)
-        error = float((decoded - weight.cpu()).norm() / weight.norm().cpu().clamp_min(1e-30))
-        routes.append(Route(name, roles[name], format_name, codec, weight.numel(), len(blob) + len(scales), error))
-    header = zlib.compress(json.dumps({**facts, "tensors": rows}, sort_keys=True, separators=(",", ":")).encode(), 9)
-    body = b"".join([MAGIC, struct.pack("<HI", CONTAINER_VERSION, len(header)), header, *blobs])
-    return body + hashlib.sha256(body).digest(), routes
+FIELDS_OF_SCALES = ("levels", "groups", "zeros")
 
 
 def _parse_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """The header as a dict and the offset of the first blob; ValueError naming what is wrong."""
+    """The header as a dict and the offset of the first stream; ValueError naming what is wrong."""
     fixed = len(MAGIC) + struct.calcsize("<HI")
     if len(data) < fixed + 32 or data[:len(MAGIC)] != MAGIC:
         raise ValueError("not an artifact of this project, or truncated")
@@ -2551,38 +3683,90 @@ def _parse_header(data: bytes) -> tuple[dict[str, Any], int]:
         raise ValueError("the checksum does not match: the file is damaged or truncated")
     if fixed + length + 32 > len(data):
         raise ValueError(f"a header of {length} bytes does not fit the file")
-    raw = zlib.decompressobj().decompress(data[fixed:fixed + length], HEADER_LIMIT_BYTES)
+    decoder = zlib.decompressobj()
+    raw = decoder.decompress(data[fixed:fixed + length], HEADER_LIMIT_BYTES)
+    if not decoder.eof:
+        raise ValueError(f"the header is longer than {HEADER_LIMIT_BYTES} bytes, or cut off")
     header = json.loads(raw)
-    if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
-        raise ValueError("the header is not a list of tensors")
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), list) for key in ("tensors", "streams")):
+        raise ValueError("the header is not a list of tensors and a list of streams")
     return header, fixed + length
+
+
+def _parse_row(row: Any) -> tuple[str, Route, tuple[int, ...], float, float, str, str]:
+    """One tensor of the header, every field checked."""
+    name, kind, shape, group, fine, unit, ratio, own, corrects = row
+    sizes = [group, *shape, *fine]
+    if (not all(isinstance(text, str) for text in (name, own, corrects)) or kind not in FORMATS or len(fine) != 3
+            or any(type(size) is not int or not 0 <= size < 1 << 31 for size in sizes) or len(shape) > 4
+            or type(unit) is not float or type(ratio) is not float or not 1 <= ratio < 2
+            or not 0 < unit * ratio ** SCALE_LEVELS < 1e30 or fine[2] not in (0, *range(3, 9))
+            or (fine[2] and not kind.startswith("int"))):
+        raise ValueError(f"tensor {str(name)[:60]!r}: impossible header entry")
+    return name, Route(kind, group, fine=tuple(fine)), tuple(shape), unit, ratio, own, corrects
+
+
+def _parse_streams(rows: list[Any], table: list[Any], padding: int, at: int, data: bytes
+                   ) -> dict[str, tuple[str, bytes, list[Part]]]:
+    """Stream -> (codec, bytes, its parts in order); ValueError unless streams, tensors and file agree."""
+    parts: dict[str, list[Part]] = {}
+    for _, route, shape, _, _, own, _ in rows:
+        for part in parts_of(route, shape).values():
+            parts.setdefault(part.stream + own, []).append(part)
+    declared = sum(_count([part.shape for part in members]) for members in parts.values())
+    if declared > WEIGHTS_PER_BYTE * len(data) + WEIGHTS_FREE:
+        raise ValueError(f"{declared} symbols are declared, {len(data)} bytes cannot hold them")
+    streams = {}
+    for key, codec, length in table:
+        if key not in parts or key in streams or codec not in CODECS or type(length) is not int or length < 0:
+            raise ValueError(f"stream {str(key)[:60]!r}: impossible header entry")
+        if at + length + 32 > len(data):
+            raise ValueError(f"stream {key!r}: its {length} bytes do not fit the file")
+        streams[key] = (codec, data[at:at + length], parts[key])
+        at += length
+    if len(streams) != len(parts):
+        raise ValueError(f"stream {min(set(parts) - set(streams))!r} is missing")
+    if type(padding) is not int or at + padding + 32 != len(data) or any(data[at:-32]):
+        raise ValueError(f"{len(data) - at - 32} bytes belong to no stream")
+    return streams
 
 
 def unpack_artifact(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(facts, name -> fp32 tensor) of an artifact's bytes; ValueError, in one line, for anything damaged."""
     try:
         header, at = _parse_header(data)
+        rows = [_parse_row(row) for row in header.pop("tensors")]
+        if len({row[0] for row in rows}) != len(rows):
+            raise ValueError("a tensor stands there twice")
+        streams = _parse_streams(rows, header.pop("streams"), header.pop("padding", 0), at, data)
+        matrices = {key: iter(unpack_stream(codec, blob, [part.shape for part in parts], parts[0].low, parts[0].high))
+                    for key, (codec, blob, parts) in streams.items()}
         weights: dict[str, Tensor] = {}
-        for name, format_name, shape, codec, length, scale_codec, scale_length in header.pop("tensors"):
-            sizes = [length, scale_length, *shape]
-            count = math.prod(shape)
-            if (format_name not in FORMATS or codec not in CODECS or any(type(n) is not int or n < 0 for n in sizes)
-                    or count > TENSOR_LIMIT_WEIGHTS or at + length + scale_length + 32 > len(data)):
-                raise ValueError(f"tensor {name!r}: impossible header entry")
-            form, half = FORMATS[format_name], format_name == "fp16"
-            codes = _from_planes(unpack_symbols(codec, data[at:at + length], count * (2 if half else 1)), tuple(shape),
-                                 torch.float16 if half else torch.int8)
-            scales = None
-            if not half:
-                raw = unpack_symbols(scale_codec, data[at + length:at + length + scale_length], 2 * shape[0])
-                scales = _from_planes(raw, (shape[0],), torch.float16)
-            weights[name] = form.decode(Coded(codes, scales))
-            at += length + scale_length
-        if at + 32 != len(data):
-            raise ValueError(f"{len(data) - at - 32} bytes belong to no tensor")
+        factors: dict[str, list[Tensor]] = {}
+        for name, route, shape, unit, ratio, own, corrects in rows:
+            held = {field: next(matrices[part.stream + own]) for field, part in parts_of(route, shape).items()}
+            tensor = FORMATS[route.format].decode(coded_from(held, unit, ratio), route, shape)
+            if corrects:
+                factors.setdefault(corrects, []).append(tensor)
+            else:
+                weights[name] = tensor
+        for name, pair in factors.items():
+            weights[name] = corrected(weights[name], *pair)
         return header, weights
-    except (KeyError, TypeError, IndexError, struct.error, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"damaged: {error}") from None
+    except (KeyError, TypeError, IndexError, StopIteration, struct.error, zlib.error, UnicodeDecodeError,
+            RecursionError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"damaged: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
+
+
+def corrected(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """weight (R, C) + left^T right, left (r, R), right (r, C), rank by rank in single products and sums: the same bits
+    on every machine."""
+    if (weight.ndim != 2 or left.shape != (len(right), len(weight)) or right.shape[1:] != weight.shape[1:]
+            or len(right) > min(weight.shape)):
+        raise ValueError(f"a correction of {tuple(left.shape)} x {tuple(right.shape)} for {tuple(weight.shape)}")
+    for column, row in zip(left, right, strict=True):
+        weight = weight + column[:, None] * row
+    return weight
 
 
 def save_artifact(path: Path, data: bytes) -> None:
@@ -2598,7 +3782,7 @@ def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return unpack_artifact(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"RUN_ID={path.parent.name}: no artifact at {path} ({error.strerror})") from None
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except (ValueError, MemoryError) as error:
         raise ConfigError(f"RUN_ID={path.parent.name}: {path}: {error}") from None
 
 
@@ -2609,38 +3793,458 @@ def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: s
 
 def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernels: Picked, dtype: torch.dtype,
                     path: Path) -> GPT:
-    """The model an artifact describes, with its weights; ConfigError when header and tensors disagree."""
+    """The model an artifact describes, with its weights; ConfigError when header and tensors disagree. The shapes are
+    compared before anything of the described size is made."""
+    what = f"RUN_ID={path.parent.name}: {path}"
     try:
-        model = GPT(ModelSettings(**facts["model"]), int(facts["vocab_size"]), kernels, dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"RUN_ID={path.parent.name}: {path}: the header describes no model ({error})") from None
-    load_weights(model, weights, f"RUN_ID={path.parent.name}: {path}")
+        settings = ModelSettings(**{name: parse_value(name.upper(), value) for name, value in facts["model"].items()})
+        vocab_size = parse_value("VOCAB_SIZE", facts["vocab_size"])
+        check_heads(settings)
+        with torch.device("meta"):
+            load_weights(GPT(settings, vocab_size, kernels, dtype), weights, what, check_only=True)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError) and str(error).startswith(what):
+            raise
+        raise ConfigError(f"{what}: the header describes no model ({str(error).splitlines()[0]})") from None
+    model = GPT(settings, vocab_size, kernels, dtype)
+    load_weights(model, weights, what)
     return model
 
 
-def expected_bits(columns: int, bits: int, clip: Clip) -> float:
-    """Entropy in bits of one Gaussian weight on a grid: log2 of the row deviation in steps, plus log2 sqrt(2 pi e).
+# -- calibration: what goes into every matrix, and what its output's errors cost
 
-    Where the grid ends at the row's largest value, that is taken as the median of the largest of `columns` Gaussians.
+
+class Calibration(NamedTuple):
+    """Second moments over `tokens` positions, by site: `inputs` sum x x^T (C, C), `slopes` sum of the squared gradient
+    of the loss at the site's output (R,), both fp32. The lookup of the embedding, site `embed`, has its row as output:
+    there `inputs` is the sum of g g^T and `slopes` how often each row was looked up, in units that add to the
+    head's."""
+    inputs: dict[str, Tensor]
+    slopes: dict[str, Tensor]
+    tokens: int
+
+
+def weight_sites(model: GPT) -> dict[str, list[str]]:
+    """Matrix -> the sites where the last phase of the plan uses it, one a visit; the tied embedding's are head and
+    embed."""
+    sites: dict[str, list[str]] = {"tok_emb": ["head", "embed"]}
+    for step in model.phases[-1].steps:
+        for name, module in model.blocks[step.block].named_modules():
+            if isinstance(module, Linear):
+                sites.setdefault(f"blocks.{step.block}.{name}.weight", []).append(
+                    f"v{step.visit}.{name.rpartition('.')[2]}")
+    return sites
+
+
+def watch_batch(model: GPT, forward: Callable[..., Tensor], batch: Batch, sites: Iterable[str]) -> Calibration:
+    """The moments of one batch at the given sites, through the one forward and its backward."""
+    inputs: dict[str, Tensor] = {}
+    slopes: dict[str, Tensor] = {}
+
+    def add(held: dict[str, Tensor], site: str, part: Tensor) -> None:
+        held[site] = held[site] + part if site in held else part
+
+    def tap(site: str) -> Callable[[Tensor, Tensor], Tensor]:
+        def watch(y: Tensor, x: Tensor) -> Tensor:
+            rows = x.detach().flatten(0, -2).float()
+            add(inputs, site, rows.mT @ rows)
+            y.register_hook(lambda grad: add(slopes, site, grad.float().flatten(0, -2).square().sum(0)))
+            return y
+        return watch
+
+    def watch_lookup(y: Tensor, x: Tensor) -> Tensor:
+        def add_grad(grad: Tensor) -> None:
+            rows = grad.float().flatten(0, -2)
+            add(inputs, "embed", rows.mT @ rows)
+        y.register_hook(add_grad)
+        slopes["embed"] = torch.bincount(batch.tokens.flatten(), minlength=len(model.tok_emb)).float()
+        return y
+
+    taps = {site: tap(site) if site != "embed" else watch_lookup for site in sites}
+    with torch.enable_grad():
+        final = forward(batch.tokens, batch.docs, taps)
+        hidden = final.detach().flatten(0, 1).requires_grad_()
+        targets, slope = batch.targets.flatten(), torch.zeros_like(hidden)
+        for start in range(0, len(targets), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            nats = F.cross_entropy(model.logits(hidden[rows], taps), targets[rows], reduction="sum")
+            slope += torch.autograd.grad(nats, hidden)[0]
+        # Towards the embedding every site is passed, and no gradient of a matrix has to be made.
+        torch.autograd.grad(final, model.tok_emb, slope.view_as(final))
+    return Calibration(inputs, slopes, batch.tokens.numel())
+
+
+def calibrate(model: GPT, batches: Callable[[int], Batch], count: int, world: World, sites: list[str]) -> Calibration:
+    """The moments over micro-batches 0 .. count - 1, divided over ranks and lanes and summed over all of them."""
+    forward = make_forward(model, len(model.phases) - 1)
+    found: Calibration | None = None
+    mine = range(world.rank, count, world.size)
+    if not mine:
+        # A rank without work still has to know the shapes that it adds nothing to.
+        shapes = watch_batch(model, forward, batches(0), sites)
+        found = Calibration(*({site: torch.zeros_like(part) for site, part in held.items()} for held in shapes[:2]), 0)
+    for start in range(0, len(mine), world.lanes):
+        for part in world.each(lambda batch: watch_batch(model, forward, batch, sites),
+                               [batches(index) for index in mine[start:start + world.lanes]]):
+            if found is None:
+                found = part
+                continue
+            for held, more in ((found.inputs, part.inputs), (found.slopes, part.slopes)):
+                for site, tensor in more.items():
+                    held[site] += tensor
+            found = found._replace(tokens=found.tokens + part.tokens)
+    for held in (found.inputs, found.slopes):
+        for site in sites:
+            world.add_(held[site])
+    found = found._replace(tokens=sum(world.gather(found.tokens)))
+    if "embed" in sites:
+        # A row's error e costs 1/2 e (slope * H / T + count * G / T) e^T / T; in the head's units G weighs T /
+        # sum(slope).
+        weight = found.tokens / found.slopes["head"].sum()
+        found.inputs["embed"] *= weight
+        found.slopes["embed"] /= weight
+    return found
+
+
+def sample_text(model: GPT, index: int, rows: int, length: int, seed: int, world: World) -> Batch:
+    """Rows the model writes itself, each from BOS at temperature 1: calibration without any training text."""
+    forward = make_forward(model, len(model.phases) - 1)
+    generator = torch.Generator(world.device).manual_seed(stream_seed(seed, "self-calibration", index))
+    tokens = torch.full((rows, 1), BOS, device=world.device)
+    with torch.inference_mode():
+        while tokens.shape[1] <= length:
+            hidden = forward(tokens, document_index(tokens))[:, -1]
+            chance = model.logits(hidden).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(chance, 1, generator=generator)], 1)
+    tokens = tokens.clone()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), document_index(tokens[:, :-1]))
+
+
+def moments_of(calibration: Calibration | None, sites: list[str]) -> Tensor | None:
+    """The Hessian of a matrix: the sum of its inputs' moments over all its visits. None where nothing was seen."""
+    if calibration is None or not sites or sites[0] not in calibration.inputs:
+        return None
+    return sum((calibration.inputs[site] for site in sites[1:]), calibration.inputs[sites[0]])
+
+
+def error_costs(error: Tensor, weight: Tensor, calibration: Calibration | None, sites: list[str]
+                ) -> tuple[float, dict[str, float]]:
+    """What a weight error (R, C) costs in nats a token, by the expected curvature 1/2 sum_r E[g_r^2] e_r E[x x^T] e_r^T
+    summed over visits; and by visit the output error relative to the output."""
+    if moments_of(calibration, sites) is None:
+        return math.nan, {}
+    cost, visits = 0.0, {}
+    for site in sites:
+        moment = calibration.inputs[site].to(error.dtype)
+        each = ((error @ moment) * error).sum(1)
+        cost += 0.5 * float((each * calibration.slopes[site].to(error.dtype)).sum()) / calibration.tokens ** 2
+        visits[site] = math.sqrt(max(0.0, float(each.sum())) / max(1e-30, float(((weight @ moment) * weight).sum())))
+    return cost, visits
+
+
+# -- the squeeze
+
+
+class Solved(NamedTuple):
+    """A tensor as it will be stored, its relative error, the loss proxy in nats a token, and its output error by
+    visit."""
+    stored: Stored
+    error: float
+    cost: float
+    visits: dict[str, float]
+    decoded: Tensor
+
+
+def solve_tensor(name: str, weight: Tensor, route: Route, calibration: Calibration | None, sites: list[str],
+                 settings: ArtifactSettings) -> Solved:
+    """One tensor through its solver, with its errors."""
+    if not torch.isfinite(weight).all():
+        raise CheckError(f"{name} holds values that are not finite; nothing was written")
+    try:
+        coded = solve(weight, route, moments_of(calibration, sites), settings)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    decoded = FORMATS[route.format].decode(coded, route, tuple(weight.shape))
+    error = as_rows(decoded - weight).double()
+    cost, visits = error_costs(error, as_rows(weight).double(), calibration, sites)
+    relative = float(error.norm() / weight.double().norm().clamp_min(1e-30))
+    return Solved(Stored(route, tuple(weight.shape), coded), relative, cost, visits, decoded)
+
+
+def solve_all(weights: Mapping[str, Tensor], routes: Mapping[str, Route], calibration: Calibration | None,
+              sites: Mapping[str, list[str]], settings: ArtifactSettings, world: World) -> dict[str, Solved]:
+    """Every tensor, solved: divided over ranks and lanes by the solver's work, gathered on all ranks, on the CPU."""
+    costs = {name: weight.numel() * (1 + weight.shape[-1] * (routes[name].solver != "nearest"))
+             for name, weight in weights.items()}
+    owners = share_out(costs, world.size)
+    mine = [name for name in sorted(weights, key=lambda name: -costs[name]) if owners[name] == world.rank]
+    found = world.each(lambda name: solve_tensor(name, weights[name], routes[name], calibration, sites.get(name, []),
+                                                 settings), mine)
+    own = {name: solved._replace(stored=solved.stored._replace(coded=Coded(
+        solved.stored.coded.codes.cpu(), {key: side.cpu() for key, side in solved.stored.coded.sides.items()},
+        *solved.stored.coded[2:])), decoded=solved.decoded.cpu()) for name, solved in zip(mine, found, strict=True)}
+    everyone = {name: solved for part in world.gather(own) for name, solved in part.items()}
+    return {name: everyone[name] for name in weights}
+
+
+def add_fine_columns(weights: Mapping[str, Tensor], routes: Mapping[str, Route], calibration: Calibration,
+                     sites: Mapping[str, list[str]], settings: ArtifactSettings) -> dict[str, Route]:
+    """The routes with a finer grid for the AWQ_LITE_GROUP_TOP_K groups of columns, over all matrices, whose inputs
+    times weights are largest: sum over columns of rms(x_j) * mean|W_rj|. Source: AWQ-lite, PR 1908."""
+    size, scores = settings.awq_lite_group_size, []
+    for name, route in routes.items():
+        moment = moments_of(calibration, sites.get(name, []))
+        if moment is None or not route.format.startswith("int") or weights[name].shape[1] < size:
+            continue
+        column = (moment.diagonal() / calibration.tokens).sqrt() * weights[name].to(moment.device).abs().mean(0)
+        for start in range(0, len(column) - size + 1, size):
+            scores.append((-float(column[start:start + size].sum()), name, start))
+    chosen: dict[str, Route] = {}
+    for _, name, start in sorted(scores):
+        if len(chosen) < settings.awq_lite_group_top_k and name not in chosen:
+            chosen[name] = routes[name]._replace(fine=(start, start + size, settings.awq_lite_bits))
+    return {**routes, **chosen}
+
+
+LEFT_FACTOR, RIGHT_FACTOR = Route("uint2"), Route("int4")
+
+
+def correct_errors(weights: Mapping[str, Tensor], solved: dict[str, Solved], calibration: Calibration,
+                   sites: Mapping[str, list[str]], settings: ArtifactSettings) -> dict[str, Stored]:
+    """The low-rank factors of the quantization errors that remove most of the cost a byte, LQER_TOP_K pairs at most.
+
+    The factors are those of E L, L being the Hessian's Cholesky factor, so that the singular values are output errors;
+    the left one is stored with two bits and a zero point, the right one with four bits and a scale a group. The gain
+    is measured with the factors as stored; a pair without gain is not taken. Source: LQER, arXiv 2402.02446.
     """
-    top = 2 ** (bits - 1) - 1
-    sigmas = clip.sigmas or statistics.NormalDist().inv_cdf(0.5 + 0.5 * 0.5 ** (1 / columns))
-    return max(0.1, min(bits, math.log2(top / sigmas) + 0.5 * math.log2(2 * math.pi * math.e)))
+    left_route, right_route = LEFT_FACTOR, RIGHT_FACTOR._replace(group=settings.lqer_asym_group)
+    found = []
+    for name, row in solved.items():
+        moment = moments_of(calibration, sites.get(name, []))
+        if moment is None or min(weights[name].shape) <= settings.lqer_rank or math.isnan(row.cost):
+            continue
+        weight, moment = weights[name].cpu().double(), moment.cpu().double()
+        moment = moment + settings.gptq_damping * moment.diagonal().mean() * torch.eye(len(moment))
+        lower = torch.linalg.cholesky(moment)
+        u, s, vt = torch.linalg.svd((weight - row.decoded.double()) @ lower, full_matrices=False)
+        rank = settings.lqer_rank
+        left = (u[:, :rank] * s[:rank].sqrt()).T.float().contiguous()  # (r, R)
+        right = torch.linalg.solve_triangular(lower.T, (s[:rank].sqrt()[:, None] * vt[:rank]).T, upper=True).T.float()
+        right = right.contiguous()  # (r, C)
+        pair = [Stored(route, tuple(factor.shape), FORMATS[route.format].encode(factor, route), name)
+                for route, factor in ((left_route, left), (right_route, right))]
+        ready = [FORMATS[half.route.format].decode(half.coded, half.route, half.shape) for half in pair]
+        fixed = corrected(row.decoded, *ready)
+        cost, visits = error_costs((fixed.double() - weight), weight, _on_cpu(calibration, sites[name]), sites[name])
+        size = sum(math.prod(half.shape) * FORMATS[half.route.format].bits / 8 for half in pair)
+        if cost < row.cost:
+            error = float((fixed.double() - weight).norm() / weight.norm().clamp_min(1e-30))
+            found.append(((cost - row.cost) / size, name, pair, row._replace(cost=cost, visits=visits, error=error,
+                                                                           decoded=fixed)))
+    factors = {}
+    for _, name, pair, row in sorted(found, key=lambda item: item[:2])[:settings.lqer_top_k]:
+        solved[name] = row
+        factors |= {f"{name} left": pair[0], f"{name} right": pair[1]}
+    return factors
 
 
-def forecast_bytes(model: nn.Module, settings: ArtifactSettings) -> dict[str, float]:
+def _on_cpu(calibration: Calibration, sites: list[str]) -> Calibration:
+    """The calibration of some sites, on the CPU."""
+    return Calibration({site: calibration.inputs[site].cpu() for site in sites},
+                       {site: calibration.slopes[site].cpu() for site in sites}, calibration.tokens)
+
+
+# -- the steps: divided over tensors, fitted to the cap, forecast
+
+
+STRETCH_LIMIT, FIT_PASSES, FIT_WINDOW_BYTES = 64.0, 4, 4000
+
+
+def stretched(routes: Mapping[str, Route], log_factor: float) -> dict[str, Route]:
+    """The routes with every free step times one common factor, within what its grid allows."""
+    factor = math.exp(log_factor)
+    return {name: route._replace(stretch=factor if route.steps is not None else
+                                 min(STRETCH_LIMIT, max(finest_stretch(route), factor)))
+            if can_stretch(route) else route for name, route in routes.items()}
+
+
+def policy_steps(weight: Tensor, route: Route) -> Tensor:
+    """The mean step of each row (R,), fp64, as the route says."""
+    form = FORMATS[route.format]
+    return decode_levels(*form.measure(as_rows(weight).double(), route, form.bits)[:3]).double().mean(1)
+
+
+# Of the mean curvature, added to every row's: a rare token's row is seen too seldom in calibration to be trusted alone.
+ROW_CURVATURE_SHARE = 0.3
+
+
+def allocate_steps(weights: Mapping[str, Tensor], routes: Mapping[str, Route], calibration: Calibration,
+                   sites: Mapping[str, list[str]], settings: ArtifactSettings) -> dict[str, Route]:
+    """The routes with steps for every row such that a bit more or less costs the same everywhere: step ~ 1 / sqrt(c), c
+    being the curvature of the loss along one weight of the row. The mean logarithm of the steps, and with it the bits,
+    stays what the policy says.
+
+    A row's c is the sum over visits of E[g_r^2] tr(E[x x^T]) / C. Where gptq solves, the trace shrinks to the sum of
+    1 / U_jj^2, the variances of what it cannot push onto later columns. Rate and distortion of fine grids: bits fall
+    with log2 step, cost grows with c step^2 / 24.
+    """
+    chosen: dict[str, Tensor] = {}
+    change, total = 0.0, 0
+    for name, route in routes.items():
+        moment = moments_of(calibration, sites.get(name, []))
+        if moment is None or not can_stretch(route):
+            continue
+        curvature = sum(calibration.slopes[site].double() * calibration.inputs[site].double().trace()
+                        for site in sites[name]) / len(moment) / calibration.tokens ** 2
+        if route.solver == "gptq":
+            upper = upper_factor(moment.double(), settings.gptq_damping)
+            curvature = curvature * (upper.diagonal().pow(-2).sum() / moment.double().trace()).clamp_max(1.0)
+        curvature = curvature + ROW_CURVATURE_SHARE * curvature.mean() + 1e-30
+        chosen[name] = curvature.rsqrt()
+        change += float((policy_steps(weights[name], route).log() - chosen[name].log()).sum()) * weights[name].shape[1]
+        total += weights[name].numel()
+    if not chosen:
+        raise ConfigError("ALLOCATE=1: no tensor has both free steps and a calibration; STAGES needs calibrate before "
+                          "write, or MATRIX_FORMAT an int or uint grid")
+    factor = math.exp(change / total)
+    return {name: route._replace(steps=chosen[name] * factor) if name in chosen else route
+            for name, route in routes.items()}
+
+
+def estimate_bytes(weights: Mapping[str, Tensor], routes: Mapping[str, Route], rows: int = 4096) -> float:
+    """Bytes of the free-step tensors by the zeroth-order entropy of nearest codes, from at most about `rows` rows
+    each."""
+    total = 0.0
+    for name, route in routes.items():
+        if can_stretch(route):
+            wide = as_rows(weights[name])
+            some = slice(None, None, max(1, len(wide) // rows))
+            part, steps = wide[some], None if route.steps is None else route.steps[some]
+            codes = FORMATS[route.format].encode(part, route._replace(steps=steps)).codes.cpu().numpy()
+            total += entropy_bits(codes) / 8 * wide.numel() / max(1, part.numel())
+    return total
+
+
+class Fit(NamedTuple):
+    """Where the steps ended: the log of their common factor, bytes of the model, passes, and why it stopped there."""
+    log_factor: float
+    size: int
+    passes: int
+    reason: str
+
+
+def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int], room: int, finest: float) -> Fit:
+    """The factor on all steps whose model ends within FIT_WINDOW_BYTES below `room` bytes, in FIT_PASSES builds at
+    most.
+
+    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: its difference to the last
+    real size is taken over to the next guess. CheckError where even the coarsest steps are too large.
+    """
+    coarsest = math.log(STRETCH_LIMIT)
+    points: dict[float, float] = {}
+
+    def guess(at: float) -> float:
+        if at not in points:
+            points[at] = estimate(at)
+        return points[at]
+
+    offset, best = 0.0, None
+    for passes in range(1, FIT_PASSES + 1):
+        low, high, wanted = finest, coarsest, room - FIT_WINDOW_BYTES / 2 - offset
+        if guess(low) <= wanted:
+            at = low
+        else:
+            for _ in range(40):
+                # Sizes fall almost linearly in the logarithm of the step: false position, kept off the ends.
+                above, below = guess(low), guess(high)
+                share = min(0.9, max(0.1, (above - wanted) / max(1e-9, above - below)))
+                middle = low + share * (high - low)
+                low, high = (middle, high) if guess(middle) > wanted else (low, middle)
+                if high - low < 1e-4 or abs(guess(high) - wanted) < 100:
+                    break
+            at = high
+        size = build(at)
+        offset = size - guess(at)
+        if size <= room and (best is None or size > best.size):
+            best = Fit(at, size, passes, "steps fitted")
+        if at == finest and size <= room:
+            return Fit(at, size, passes, "the finest steps of the policy are smaller than the cap")
+        if room - FIT_WINDOW_BYTES <= size <= room:
+            return best
+        if at == coarsest and size > room:
+            raise CheckError(f"FIT=1: the coarsest steps make a model of {size} bytes, {room} are left of TARGET_BYTES "
+                             f"for it; a smaller MODEL_DIM or STACK, or {size - room} bytes more, would fit")
+    if best is None:
+        raise CheckError(f"FIT=1: {FIT_PASSES} passes ended above the {room} bytes that are left for the model; the "
+                         f"last had {size}")
+    return best._replace(passes=FIT_PASSES, reason=f"best of {FIT_PASSES} passes")
+
+
+def expected_bits(columns: int, route: Route) -> float:
+    """Entropy in bits of one Gaussian weight in a format: on a grid the log2 of the deviation in steps, plus
+    log2 sqrt(2 pi e). Where the grid ends at the largest value, that is the median of the largest of so many
+    Gaussians."""
+    form = FORMATS[route.format]
+    if not can_stretch(route):
+        return form.bits
+    span = min(columns, route.group or columns)
+    sigmas = route.sigmas or statistics.NormalDist().inv_cdf(0.5 + 0.5 * 0.5 ** (1 / max(2, span)))
+    steps = (form.high - form.low) / 2 / sigmas / route.stretch / SCALE_RATIO ** 0.5
+    return max(0.05, min(form.bits, 0.5 * math.log2(2 * math.pi * math.e * (steps ** 2 + 1 / 12))))
+
+
+def forecast_bytes(model: nn.Module, routes: Mapping[str, Route]) -> dict[str, float]:
     """Predicted bytes of the artifact by role, before any training, and `container` for header and checksum."""
-    forecast = {"container": 200.0}
-    for parameter in model.parameters():
-        format_name, clip = pick_format(parameter.role, settings)
-        bits = FORMATS[format_name].bits
-        size = parameter.numel() * bits / 8
-        if format_name != "fp16":
-            rows, columns = parameter.shape
-            size = rows * columns * expected_bits(columns, bits, clip) / 8 + 1.2 * rows + 200
+    forecast = {"container": 400.0}
+    for name, parameter in model.named_parameters():
+        route = routes[name]
+        size = parameter.numel() * FORMATS[route.format].bits / 8
+        if FORMATS[route.format].measure:
+            rows, columns = as_rows(parameter).shape
+            scales = rows + rows * group_count(columns, route.group) * (route.group > 0)
+            size = rows * columns * expected_bits(columns, route) / 8 + 0.6 * scales
         forecast[parameter.role] = forecast.get(parameter.role, 0.0) + size
-        forecast["container"] += 14
+        forecast["container"] += 18
     return forecast
+
+
+def forecast_fitted(model: nn.Module, settings: ArtifactSettings, code_bytes: int) -> dict[str, float]:
+    """forecast_bytes; with FIT at the steps that the fit is expected to choose."""
+    routes = routes_of(model, settings)
+    if not settings.fit:
+        return forecast_bytes(model, routes)
+    room = settings.target_bytes - code_bytes - FIT_WINDOW_BYTES / 2
+    low, high = min(math.log(finest_stretch(route)) for route in routes.values()), math.log(STRETCH_LIMIT)
+    if sum(forecast_bytes(model, stretched(routes, low)).values()) <= room:
+        return forecast_bytes(model, stretched(routes, low))
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        small = sum(forecast_bytes(model, stretched(routes, middle)).values()) <= room
+        low, high = (low, middle) if small else (middle, high)
+    return forecast_bytes(model, stretched(routes, high))
+
+
+def squeeze_steps(settings: ArtifactSettings) -> list[str]:
+    """Names of the optional steps that the settings switch on, rows of REFINEMENTS and CORRECTIONS, in their order."""
+    wanted = {"awq_lite": settings.awq_lite_group_top_k, "allocate": settings.allocate, "lqer": settings.lqer_rank}
+    return [name for name, on in wanted.items() if on]
+
+
+# What changes the routes before anything is solved, and what adds tensors after it.
+REFINEMENTS: dict[str, Callable[..., dict[str, Route]]] = {"awq_lite": add_fine_columns, "allocate": allocate_steps}
+CORRECTIONS: dict[str, Callable[..., dict[str, Stored]]] = {"lqer": correct_errors}
+
+
+def least_log_factor(weights: Mapping[str, Tensor], routes: Mapping[str, Route]) -> float:
+    """The log factor at which every free step is at its finest."""
+    least = 0.0
+    for name, route in routes.items():
+        if can_stretch(route) and route.steps is None:
+            least = min(least, math.log(finest_stretch(route)))
+        elif can_stretch(route):
+            finest = policy_steps(weights[name], route._replace(steps=None, stretch=finest_stretch(route)))
+            least = min(least, float((finest / route.steps).log().min()))
+    return least
 
 
 # ==== 13 EVALUATORS =========================================================================================
@@ -2731,9 +4335,6 @@ class Score(NamedTuple):
                 "tokens": self.tokens, "bytes": self.bytes, "seconds": self.seconds, "documents": self.documents}
 
 
-HEAD_ROWS = 2048
-
-
 def _score_batch(model: GPT, forward: Callable[..., Tensor], windows: list[Window], stream: Tensor, docs: Tensor | None,
                  rows: int, length: int) -> float:
     """Summed nats of one batch of windows, in float64. Short rows and absent rows are padded behind the last token,
@@ -2791,6 +4392,85 @@ def score(kind: str, model: GPT, val: Validation, config: Config, world: World, 
 # or re-squeezed without training; a killed run continues under its old name. Exit codes: 0 done, 2 a mistake
 # in the input, 3 a failed check, 1 a fault of the program. To add a stage: write a function on Run and a row
 # in STAGES.
+
+
+def used_rows(config: Config) -> dict[str, set[str]]:
+    """Table -> keys of the rows that this recipe can reach; the packer drops the others. It must not depend on seed,
+    paths or stages: one recipe, one packed file. A table that is not named stays whole."""
+    policy = [row for _, row in (*parse_policy(config.artifact.policy), *standard_policy(config.artifact))]
+    named = {field: {row[field] for row in policy if field in row} for field in ("format", "solver", "codec")}
+    factors = {LEFT_FACTOR.format, RIGHT_FACTOR.format} if config.artifact.lqer_rank else set()
+    auto = set(AUTO_CODECS) if "auto" in config.artifact.codec else set()
+    trits = {"3", "s"} if "ternary" in named["format"] else set()
+    return {"PRESETS": {config.run.preset}, "OVERLAYS": {config.run.overlay} - {""},
+            "FORMATS": named["format"] | factors, "SOLVERS": {"nearest", *named["solver"]},
+            "CODECS": {*config.artifact.codec, *named["codec"], *auto} - {"auto"}, "LAYOUTS": {"r", "c", "b", *trits},
+            "REFINEMENTS": set(squeeze_steps(config.artifact)) & set(REFINEMENTS),
+            "CORRECTIONS": set(squeeze_steps(config.artifact)) & set(CORRECTIONS),
+            "MIXERS": {block.letter for block in parse_stack(config.model.stack)[0]},
+            "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval}}
+
+
+def check_rows(config: Config) -> None:
+    """Look every row up that the run will need, before any work: in a packed file one may be missing."""
+    tables = {"FORMATS": FORMATS, "SOLVERS": SOLVERS, "CODECS": CODECS, "MIXERS": MIXERS, "EVALUATORS": EVALUATORS,
+              "MUON_BACKENDS": MUON_BACKENDS, "REFINEMENTS": REFINEMENTS, "CORRECTIONS": CORRECTIONS}
+    for name, table in tables.items():
+        for key in sorted(used_rows(config)[name]):
+            table[key]
+
+
+def needs_calibration(routes: Mapping[str, Route], settings: ArtifactSettings) -> bool:
+    """Whether anything in the squeeze asks for the moments of inputs or gradients."""
+    return any(route.solver == "gptq" for route in routes.values()) or bool(
+        squeeze_steps(settings) or settings.prune_ones)
+
+
+def make_skeleton(config: Config) -> GPT:
+    """The configured network without memory for its parameters: names, shapes, roles."""
+    kernels, _ = pick_kernels("reference", torch.device("cpu"))
+    with torch.device("meta"):
+        model = GPT(config.model, config.data.vocab_size, kernels, torch.float32)
+    check_roles(model)
+    return model
+
+
+def check_squeeze(config: Config) -> None:
+    """ConfigError, before any work, for a squeeze that could not be carried out: a codec that is missing, a row of
+    POLICY that matches nothing, a solver without its calibration."""
+    settings, model = config.artifact, make_skeleton(config)
+    pick_codecs(settings.codec)
+    for pattern, fields in parse_policy(settings.policy):
+        if not any(pattern == p.role or fnmatch.fnmatchcase(name, pattern) for name, p in model.named_parameters()):
+            raise ConfigError(f"POLICY={settings.policy}: {pattern} matches no role ({', '.join(ROLES)}) and no "
+                              "parameter (blocks.0.mlp.up.weight is one)")
+        if "codec" in fields:
+            pick_codecs((fields["codec"],))
+    stages, routes = config.run.stages, routes_of(model, settings)
+    if "train" in stages and "write" in stages and needs_calibration(routes, settings) and (
+            "calibrate" not in stages[:stages.index("write")]):
+        raise ConfigError(f"STAGES={','.join(stages)}: the squeeze needs a calibration; put calibrate before write")
+
+
+def load_packer(tools_path: str) -> Any:
+    """The module tools/pack.py; ConfigError where it is absent."""
+    path = Path(tools_path) / "pack.py"
+    if not path.exists():
+        raise ConfigError(f"PACK=1: needs {path}, which is not there; TOOLS_PATH names its folder, PACK=0 runs the "
+                          "readable file and records it")
+    spec = importlib.util.spec_from_file_location("sixteen_pack", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def pack_self(config: Config) -> bytes:
+    """The packed form of this readable file for a configuration."""
+    source = Path(__file__).read_bytes()
+    packer = load_packer(config.run.tools_path)
+    return packer.pack_source(source.decode(), baked(config),
+                              packer.provenance_line(source, Path(__file__).resolve().parent), used_rows(config))
 
 
 class Run:
@@ -2881,9 +4561,13 @@ class Run:
         if self.world.first:
             write_json(self.folder / "result.json", self.result)
 
+    @functools.cached_property
     def code_bytes(self) -> int:
-        """Bytes of the script that runs; that file is what counts."""
-        return Path(__file__).stat().st_size
+        """Bytes of the script that counts: the packed file that runs, or what it would be where the readable one
+        does."""
+        if BAKED or not (Path(self.config.run.tools_path) / "pack.py").exists():
+            return Path(__file__).stat().st_size
+        return len(pack_self(self.config))
 
 
 def stage_train(run: Run) -> None:
@@ -2903,44 +4587,220 @@ def stage_train(run: Run) -> None:
     run.keep(train={**part, "strict_seconds": earlier if finished_before else run.clock() - began + trainer.resumed_at})
 
 
-def stage_write(run: Run) -> None:
-    """Squeeze the exported weights of checkpoint.pt into artifact.bin. All ranks have the same; rank 0 writes."""
-    if not run.world.first:
-        return
-    began = run.clock()
-    settings = run.config.artifact
-    _, missing = pick_codecs(settings.codec)
-    if missing:
-        run.log.line(f"codec:auto without {', '.join(missing)} (package not installed)")
-    path = run.source / "checkpoint.pt"
+def exported_weights(run: Run, held: Checkpoint) -> dict[str, Tensor]:
+    """What training ended with, as its forward used it: the average where there is one, projected where QAT was on."""
+    weights = held.average or held.weights
+    if run.config.artifact.qat_start == 1:
+        return weights
+    routes = routes_of(run.new_model(), run.config.artifact)
+    return {name: project(weight, routes[name]) for name, weight in weights.items()}
+
+
+def finished_checkpoint(run: Run) -> Checkpoint:
+    """The checkpoint of a finished training; ConfigError where there is none."""
+    path, stages = run.source / "checkpoint.pt", ",".join(run.config.run.stages)
     if not path.exists():
-        raise ConfigError(f"STAGES={','.join(run.config.run.stages)}: write needs {path}, which is not there")
+        raise ConfigError(f"STAGES={stages}: needs {path}, which is not there")
     held = load_checkpoint(path)
     if not held.finished:
-        raise ConfigError(f"STAGES={','.join(run.config.run.stages)}: the training of {path} is not finished")
+        raise ConfigError(f"STAGES={stages}: the training of {path} is not finished")
+    return held
+
+
+def stage_calibrate(run: Run) -> None:
+    """Watch the exported weights at work and leave hessians.pt; its seconds count as training."""
+    settings, began = run.config.artifact, run.clock()
     model = run.new_model()
-    weights = held.average or held.weights
-    load_weights(model, weights, f"FROM={run.source}")
-    facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256)
-    data, routes = pack_artifact({name: p.detach() for name, p in model.named_parameters()},
-                                 {name: p.role for name, p in model.named_parameters()}, facts, settings)
+    routes = routes_of(model, settings)
+    if not needs_calibration(routes, settings):
+        run.log.line("calibrate: nothing in the squeeze needs it")
+        run.keep(train={**run.result.get("train", {}), "calibrate_seconds": 0.0})
+        return
+    load_weights(model, exported_weights(run, finished_checkpoint(run)), f"FROM={run.source}")
+    train, seed = run.config.train, stream_seed(run.config.run.seed, "calibration")
+    rows = Batches(run.data().train, run.config.data, train, seed)
+
+    def batch(index: int) -> Batch:
+        if settings.gptq_calibration_text == "train":
+            return rows.micro(index, run.world)
+        return sample_text(model, index, rows.rows_per_micro, train.train_seq_len, seed, run.world)
+
+    sites, count = weight_sites(model), settings.gptq_calibration_batches
+    # One step with every site at once, or block by block with what was solved before in its stored form.
+    steps = [list(sites)]
+    if settings.gptq_sequential:
+        blocks = dict.fromkeys(name.rsplit(".", 3)[0] if name.startswith("blocks.") else name
+                               for name in sorted(sites, key=lambda name: sites[name][0] == "head"))
+        steps = [[name for name in sites if name == block or name.startswith(f"{block}.")] for block in blocks]
+    batches = {index: batch(index) for index in range(run.world.rank, count, run.world.size) or [0]}
+    found = Calibration({}, {}, 0)
+    for names in steps:
+        part = calibrate(model, batches.__getitem__, count, run.world, [site for name in names for site in sites[name]])
+        found = Calibration({**found.inputs, **part.inputs}, {**found.slopes, **part.slopes}, part.tokens)
+        if len(steps) > 1:
+            own = dict(model.named_parameters())
+            solved = solve_all({name: own[name].detach() for name in names}, routes, found, sites, settings, run.world)
+            with torch.no_grad():
+                for name in names:
+                    own[name].copy_(solved[name].decoded)
+    if run.world.first:
+        buffer = io.BytesIO()
+        torch.save({site: tensor.cpu() for site, tensor in found.inputs.items()}
+                   | {f"slope {site}": tensor.cpu() for site, tensor in found.slopes.items()}
+                   | {"tokens": torch.tensor(found.tokens)}, buffer)
+        write_atomic(run.folder / "hessians.pt", buffer.getvalue())
+    seconds = run.world.same(run.clock() - began)
+    run.log.line(f"calibrate: {found.tokens} tokens of {settings.gptq_calibration_text} text at {len(found.inputs)} "
+                 f"sites{' block by block' if settings.gptq_sequential else ''} in {seconds:.1f}s, counted as training")
+    run.keep(train={**run.result.get("train", {}), "calibrate_seconds": seconds})
+
+
+def load_calibration(run: Run) -> Calibration | None:
+    """hessians.pt of this run or of the one it comes from; None where there is none."""
+    for path in (run.folder / "hessians.pt", run.source / "hessians.pt"):
+        if path.exists():
+            held = load_tensors(path, run.world.device, "STAGES=calibrate makes it again")
+            slopes = {site.removeprefix("slope "): held.pop(site) for site in list(held) if site.startswith("slope ")}
+            return Calibration(held, slopes, int(held.pop("tokens")))
+    return None
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names and fp32 bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Built(NamedTuple):
+    """One model as it would be written: its bytes, what every tensor took, the output errors of matrices with several
+    visits, and the hash of the weights that a reader must get."""
+    data: bytes
+    entries: list[Entry]
+    visits: dict[str, dict[str, float]]
+    digest: str
+
+
+class Squeeze:
+    """The squeeze of one set of weights: solves, corrects, codes; asked by the fit for one size after the other."""
+
+    def __init__(self, run: Run, weights: dict[str, Tensor], model: GPT) -> None:
+        self.run, self.weights, self.settings = run, weights, run.config.artifact
+        self.roles = {name: parameter.role for name, parameter in model.named_parameters()}
+        self.routes, self.sites = routes_of(model, self.settings), weight_sites(model)
+        self.calibration = load_calibration(run)
+        if needs_calibration(self.routes, self.settings) and self.calibration is None:
+            raise ConfigError(f"STAGES={','.join(run.config.run.stages)}: the squeeze needs a calibration; put "
+                              "calibrate before write")
+        self.corrections = [name for name in squeeze_steps(self.settings) if name not in REFINEMENTS]
+        for name in squeeze_steps(self.settings):
+            if name in REFINEMENTS:
+                self.routes = REFINEMENTS[name](weights, self.routes, self.calibration, self.sites, self.settings)
+        self.facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256)
+        self.codecs, _ = pick_codecs(self.settings.codec)
+        self.built: dict[int, Built] = {}
+
+    def build(self, log_factor: float | None) -> int:
+        """Solve and code everything with the free steps times exp(log_factor) (None: as the policy says); the size of
+        the model in bytes, the same on all ranks."""
+        routes = self.routes if log_factor is None else stretched(self.routes, log_factor)
+        solved = solve_all(self.weights, routes, self.calibration, self.sites, self.settings, self.run.world)
+        factors: dict[str, Stored] = {}
+        for name in self.corrections:
+            factors |= CORRECTIONS[name](self.weights, solved, self.calibration, self.sites, self.settings)
+        size = 0
+        if self.run.world.first:
+            stored = {name: row.stored for name, row in solved.items()} | factors
+            data, spent = pack_artifact(stored, self.facts, self.codecs)
+            visits = {name: row.visits for name, row in solved.items() if len(row.visits) > 1}
+            size = len(data)
+            self.built[size] = Built(data, [self.entry(name, row, spent) for name, row in solved.items()], visits,
+                                     weights_digest({name: row.decoded for name, row in solved.items()}))
+        return self.run.world.same(size)
+
+    def entry(self, name: str, row: Solved, spent: Mapping[str, tuple[str, float, float]]) -> Entry:
+        """The printed row of one tensor; the factors that correct it are counted with it."""
+        factors = [spent[factor][1] for factor in (f"{name} left", f"{name} right") if factor in spent]
+        codec, size, scales = spent[name]
+        return Entry(name, self.roles[name], row.stored.route.format + ("+lqer" if factors else ""),
+                     row.stored.route.solver, codec, self.weights[name].numel(), size + sum(factors), scales, row.error,
+                     max(row.visits.values(), default=math.nan), row.cost)
+
+    def fit(self, room: int) -> Fit:
+        """Fit the model into `room` bytes."""
+        fixed = sum(1.5 * weight.numel() for name, weight in self.weights.items() if not can_stretch(self.routes[name]))
+        rows = max(64, (1 << 21) // max(1, sum(weight.shape[-1] for weight in self.weights.values())))
+
+        def estimate(at: float) -> float:
+            return fixed + estimate_bytes(self.weights, stretched(self.routes, at), rows)
+
+        return fit_steps(estimate, self.build, room, least_log_factor(self.weights, self.routes))
+
+
+def artifact_label(settings: ArtifactSettings) -> str:
+    """Format and codec in the challenge's closing lines."""
+    kind = settings.matrix_format
+    return f"{kind}{settings.matrix_bits if kind in ('int', 'uint') else ''}+{','.join(settings.codec)}"
+
+
+def squeeze_table(entries: list[Entry]) -> list[str]:
+    """What every tensor took and cost, dearest first, with the sum by role."""
+    lines = [f"{'tensor':<32} {'role':<10} {'format':<11} {'solver':<8} {'codec':<8} {'weights':>10} {'bytes':>10} "
+             f"{'bits':>6} {'error':>8} {'output':>8} {'cost':>10}"]
+    for row in sorted(entries, key=lambda row: -row.bytes):
+        lines.append(f"{row.name:<32} {row.role:<10} {row.format:<11} {row.solver:<8} {row.codec:<8} {row.weights:>10} "
+                     f"{row.bytes:>10.0f} {8 * row.bytes / row.weights:>6.2f} {row.error:>8.5f} "
+                     + (f"{'-':>8} {'-':>10}" if math.isnan(row.cost) else
+                        f"{row.hessian_error:>8.5f} {row.cost:>10.2e}"))
+    for role in dict.fromkeys(row.role for row in entries):
+        own = [row for row in entries if row.role == role]
+        size, weights = sum(row.bytes for row in own), sum(row.weights for row in own)
+        lines.append(f"{'all of ' + role:<32} {'':<10} {'':<11} {'':<8} {'':<8} {weights:>10} {size:>10.0f} "
+                     f"{8 * size / weights:>6.2f} of which scales {sum(row.scale_bytes for row in own):.0f}")
+    return lines
+
+
+def stage_write(run: Run) -> None:
+    """Squeeze the exported weights of checkpoint.pt into artifact.bin. All ranks solve; rank 0 codes and writes."""
+    began, settings = run.clock(), run.config.artifact
+    _, missing = pick_codecs(settings.codec)
+    if missing:
+        run.log.line(f"codec:auto without {', '.join(missing)} (not installed)")
+    held = finished_checkpoint(run)
+    model = run.new_model()
+    load_weights(model, held.average or held.weights, f"FROM={run.source}")
+    squeeze = Squeeze(run, {name: parameter.detach() for name, parameter in model.named_parameters()}, model)
+    code = run.world.same(run.code_bytes if run.world.first else 0)
+    fit = squeeze.fit(settings.target_bytes - code) if settings.fit else Fit(0.0, squeeze.build(None), 1, "FIT=0")
+    if not run.world.first:
+        return
+    data, entries, visits, digest = squeeze.built[fit.size]
     save_artifact(run.folder / "artifact.bin", data)
-    for route in routes:
-        run.log.event("tensor", **route._asdict())
-    run.log.line(f"{'tensor':<32} {'role':<10} {'format':<6} {'codec':<7} {'weights':>10} {'bytes':>10} {'bits':>6} "
-                 "error")
-    for route in sorted(routes, key=lambda row: -row.bytes):
-        run.log.line(f"{route.name:<32} {route.role:<10} {route.format:<6} {route.codec:<7} {route.weights:>10} "
-                     f"{route.bytes:>10} {8 * route.bytes / route.weights:>6.2f} {route.error:.5f}")
-    code, total = run.code_bytes(), len(data) + run.code_bytes()
-    label = f"int{settings.matrix_bits}+{settings.codec}"
+    for entry in entries:
+        run.log.event("tensor", **{key: None if value != value else value for key, value in entry._asdict().items()},
+                      visits=visits.get(entry.name))
+    for line in squeeze_table(entries):
+        run.log.line(line)
+    for name, errors in visits.items():
+        run.log.line(f"visits of {name}: output error "
+                     + " ".join(f"{site} {error:.5f}" for site, error in errors.items()))
+    total, label = len(data) + code, artifact_label(settings)
+    if settings.fit:
+        left = settings.target_bytes - total
+        run.log.line(f"fit: {fit.reason} after {fit.passes} passes; steps times {math.exp(fit.log_factor):.4f}; "
+                     f"{left} bytes of TARGET_BYTES={settings.target_bytes} unused")
     run.log.line(f"Serialized model {label}: {len(data)} bytes")
-    run.log.line(f"Code size: {code} bytes")
+    run.log.line(f"Code size: {code} bytes" + ("" if BAKED else " (packed; PACK=0 runs the readable file)"))
     run.log.line(f"Total submission size {label}: {total} bytes")
-    forecast = sum(forecast_bytes(model, settings).values())
+    forecast = sum(forecast_fitted(model, settings, code).values())
     run.keep(artifact={"model_bytes": len(data), "code_bytes": code, "total_bytes": total,
                        "limit_bytes": settings.target_bytes, "sha256": hashlib.sha256(data).hexdigest(),
-                       "bits_per_weight": 8 * len(data) / sum(route.weights for route in routes),
+                       "weights_sha256": digest,
+                       "bits_per_weight": 8 * len(data) / sum(entry.weights for entry in entries),
+                       "scale_bytes": round(sum(entry.scale_bytes for entry in entries)),
+                       "cost_nats": sum(entry.cost for entry in entries if entry.cost == entry.cost),
+                       "fit_passes": fit.passes if settings.fit else 0, "step_factor": math.exp(fit.log_factor),
                        "forecast_bytes": round(forecast) + code, "packed": bool(BAKED),
                        "write_seconds": run.clock() - began})
 
@@ -2955,28 +4815,32 @@ def _loaded(run: Run) -> GPT:
             raise ConfigError(f"FROM={run.source}: has no artifact.bin") from None
     run.world.barrier()
     facts, weights = load_artifact(path)
-    if facts["tokenizer_sha256"] != run.data().tokenizer_sha256:
+    if facts.get("tokenizer_sha256") != run.data().tokenizer_sha256:
         raise ConfigError(f"DATA_PATH={run.config.data.data_path}: {path} was trained with another tokenizer")
     return make_model_from(facts, weights, run.kernels, run.dtype, path).to(run.world.device)
 
 
 def stage_reload(run: Run) -> None:
-    """Read the artifact back and prove that it holds what the formats promise for the exported weights."""
+    """Read the artifact back and prove that it holds exactly the weights that the write stage put in; after training
+    with QAT, exactly those the forward was trained with where nothing but rounding chose the codes."""
     began = run.clock()
     model = _loaded(run)
     seconds = run.clock() - began
-    path = run.source / "checkpoint.pt"
-    compared = "no checkpoint to compare with"
-    if run.world.first and path.exists():
-        held = load_checkpoint(path)
-        weights = held.average or held.weights
-        for name, parameter in model.named_parameters():
-            format_name, clip = pick_format(parameter.role, run.config.artifact)
-            form = FORMATS[format_name]
-            wanted = form.decode(form.encode(weights[name], form.bits, clip)).reshape(parameter.shape)
-            if not torch.equal(wanted, parameter.detach().cpu()):
-                raise CheckError(f"{name}: the reloaded artifact differs from what {format_name} makes of the weights")
-        compared = "equal to the exported weights in their formats"
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    promised, compared = run.result.get("artifact", {}).get("weights_sha256"), "no promise to compare with"
+    if run.world.first and promised:
+        if weights_digest(weights) != promised:
+            raise CheckError(f"{run.folder / 'artifact.bin'}: reading it back gives other weights than were written")
+        compared = "equal to the weights that were written"
+    artifact = run.config.artifact
+    if run.world.first and artifact.qat_start < 1 and (run.source / "checkpoint.pt").exists():
+        trained = exported_weights(run, load_checkpoint(run.source / "checkpoint.pt"))
+        routes = routes_of(model, artifact)
+        same = all(torch.equal(weights[name], trained[name]) for name in weights)
+        plain = not needs_calibration(routes, artifact) and run.result.get("artifact", {}).get("step_factor") == 1
+        if plain and not same:
+            raise CheckError("QAT_START: the artifact differs from the weights the forward was trained with")
+        compared += ", and to those the forward was trained with" if same else ", steps or codes chosen after training"
     run.log.line(f"reloaded:{run.folder / 'artifact.bin'} in {seconds:.1f}s, {compared}")
 
 
@@ -2992,7 +4856,7 @@ def stage_evaluate(run: Run) -> None:
         ledger |= {"targets": found.ledger["targets"], "updates": ledger["updates"] + found.ledger["updates"],
                    "scored_once": ledger.get("scored_once", True) and found.ledger["scored_once"]}
         ledger["journals"][kind] = found.ledger["journal_sha256"]
-        label = f"final_int{config.artifact.matrix_bits}_{config.artifact.codec}_{EVALUATORS[kind].label}"
+        label = f"final_{artifact_label(config.artifact).replace('+', '_')}_{EVALUATORS[kind].label}"
         entry = scores[kind]
         run.log.line(f"{label} val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f} "
                      f"eval_time:{found.seconds * 1000:.0f}ms")
@@ -3002,7 +4866,7 @@ def stage_evaluate(run: Run) -> None:
     path = run.folder / "checkpoint.pt"
     if path.exists():
         held = load_checkpoint(path)
-        load_weights(model, held.average or held.weights, f"RUN_ID={run.folder.name}: {path}")
+        load_weights(model, exported_weights(run, held), f"RUN_ID={run.folder.name}: {path}")
         scores["float"] = run.score("contiguous", model).entry()
         run.log.line(f"diagnostic pre-quantization val_loss:{scores['float']['val_loss']:.4f} "
                      f"val_bpb:{scores['float']['val_bpb']:.4f}")
@@ -3033,10 +4897,11 @@ def stage_report(run: Run) -> None:
     yardsticks = _tool(run, "yardsticks.py")
     val = run.data().val
     train, artifact = run.result.get("train", {}), run.result.get("artifact", {})
-    strict = train.get("strict_seconds", 0.0) + artifact.get("write_seconds", 0.0)
+    calibration = train.get("calibrate_seconds", 0.0)
+    strict = train.get("strict_seconds", 0.0) + calibration + artifact.get("write_seconds", 0.0)
     evaluation = run.result.get("eval_seconds", 0.0)
     limits = (config.train.max_wallclock_seconds, config.eval.eval_budget_seconds)
-    spent = (train.get("seconds", 0.0), evaluation)
+    spent = (train.get("seconds", 0.0) + calibration, evaluation)
     ok = all(not limit or seconds <= limit for seconds, limit in zip(spent, limits, strict=True))
     manifest = run.data().manifest
     run.keep(preset=config.run.preset, overlay=config.run.overlay, seed=config.run.seed, config_hash=config.digest(),
@@ -3050,7 +4915,7 @@ def stage_report(run: Run) -> None:
              declared={"doc_isolation": config.data.doc_isolation, "packed": bool(BAKED)},
              yardsticks={name: value for name, value in json.loads(yardsticks).items()
                          if name in ("gzip", "zstd", "xz")} if yardsticks else {},
-             budget={"train_seconds": train.get("seconds", 0.0), "strict_train_seconds": strict,
+             budget={"train_seconds": spent[0], "strict_train_seconds": strict,
                      "eval_seconds": evaluation, "ok": ok})
     picture = _tool(run, "plot.py")
     for line in final_table(run.result, config):
@@ -3062,7 +4927,7 @@ def stage_report(run: Run) -> None:
     if over > 0:
         raise CheckError(f"TARGET_BYTES={config.artifact.target_bytes}: code plus model are {over} bytes over it")
     if not ok:
-        raise CheckError(f"budget: training {train.get('seconds', 0.0):.1f} s of {limits[0]:g}, evaluation "
+        raise CheckError(f"budget: training {spent[0]:.1f} s of {limits[0]:g}, evaluation "
                          f"{evaluation:.1f} s of {limits[1]:g}")
 
 
@@ -3101,22 +4966,22 @@ def final_table(result: dict[str, Any], config: Config) -> list[str]:
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "train": stage_train, "write": stage_write, "reload": stage_reload, "evaluate": stage_evaluate,
-    "report": stage_report}
+    "train": stage_train, "calibrate": stage_calibrate, "write": stage_write, "reload": stage_reload,
+    "evaluate": stage_evaluate, "report": stage_report}
 
 
 def plan_report(config: Config, code_bytes: int) -> str:
     """--plan: layer plan, parameters by role, predicted bytes, training FLOPs. No data, no GPU, no weights."""
-    kernels, _ = pick_kernels("reference", torch.device("cpu"))
-    with torch.device("meta"):
-        model = GPT(config.model, config.data.vocab_size, kernels, torch.float32)
-    check_roles(model)
-    roles, forecast = count_roles(model), forecast_bytes(model, config.artifact)
+    model = make_skeleton(config)
+    roles, forecast = count_roles(model), forecast_fitted(model, config.artifact, code_bytes)
+    formats: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters():
+        formats.setdefault(parameter.role, set()).add(pick_route(name, parameter.role, config.artifact).format)
     total = sum(forecast.values()) + code_bytes
     lines = [f"preset {config.run.preset}, overlay {config.run.overlay or 'none'}", plan_text(config.model), "",
              f"{'role':<12}{'parameters':>14}{'format':>8}{'forecast bytes':>16}"]
     for role, count in roles.items():
-        lines.append(f"{role:<12}{count:>14,}{pick_format(role, config.artifact)[0]:>8}{round(forecast[role]):>16,}")
+        lines.append(f"{role:<12}{count:>14,}{'+'.join(sorted(formats[role])):>8}{round(forecast[role]):>16,}")
     lines += [f"{'container':<12}{'':>14}{'':>8}{round(forecast['container']):>16,}",
               f"{'code':<12}{'':>14}{'':>8}{code_bytes:>16,}",
               f"{'total':<12}{sum(roles.values()):>14,}{'':>8}{round(total):>16,}  "
@@ -3128,27 +4993,6 @@ def plan_report(config: Config, code_bytes: int) -> str:
                      f"{step / 1e12:,.2f} TFLOPs a step, "
                      f"{step * config.train.iterations / 1e15:,.1f} PFLOPs in {config.train.iterations} steps")
     return "\n".join(lines)
-
-
-def load_packer(tools_path: str) -> Any:
-    """The module tools/pack.py; ConfigError where it is absent."""
-    path = Path(tools_path) / "pack.py"
-    if not path.exists():
-        raise ConfigError(f"PACK=1: needs {path}, which is not there; TOOLS_PATH names its folder, PACK=0 runs the "
-                          "readable file and records it")
-    spec = importlib.util.spec_from_file_location("sixteen_pack", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def pack_self(config: Config) -> bytes:
-    """The packed form of this readable file for a configuration."""
-    source = Path(__file__).read_bytes()
-    packer = load_packer(config.run.tools_path)
-    return packer.pack_source(source.decode(), config.baked(),
-                              packer.provenance_line(source, Path(__file__).resolve().parent))
 
 
 def run_packed(config: Config, words: list[str], env: Mapping[str, str]) -> None:
@@ -3250,8 +5094,10 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     config = None
     try:
         config = load_config(words, env)
+        check_rows(config)
+        check_squeeze(config)
         if "--plan" in flags:
-            code = Path(__file__).stat().st_size if BAKED or not config.run.pack else len(pack_self(config))
+            code = Path(__file__).stat().st_size if BAKED else len(pack_self(config))
             show(plan_report(config, code))
             return 0
         if config.run.pack and not BAKED:

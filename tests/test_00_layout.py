@@ -38,8 +38,8 @@ def test_a_section_uses_only_what_stands_above_it():
         for name in names:
             assert name not in defined, f"{name} is defined twice"
             defined[name] = section(node.lineno)
-    wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(TREE)
-             if isinstance(node, ast.Name) and defined.get(node.id, 0) > section(node.lineno)]
+    read = [node for node in ast.walk(TREE) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    wrong = [f"line {node.lineno}: {node.id}" for node in read if defined.get(node.id, 0) > section(node.lineno)]
     assert not wrong, wrong
 
 

@@ -41,7 +41,7 @@ def test_overlay_follows_the_machine():
 
 def test_packed_recipe_needs_no_environment_and_refuses_another_preset(monkeypatch):
     wanted = load_config(["PRESET=baseline", "OVERLAY=tiny", "MODEL_DIM=96", "SEED=5"], {}, gpus=0)
-    monkeypatch.setattr(train_gpt, "BAKED", json.loads(json.dumps(wanted.baked())))
+    monkeypatch.setattr(train_gpt, "BAKED", json.loads(json.dumps(train_gpt.baked(wanted))))
     again = load_config(["SEED=5"], {}, gpus=8)
     assert again.digest() == wanted.digest() and again.flat() == wanted.flat()
     with pytest.raises(train_gpt.ConfigError, match="the packed file was made with PRESET=baseline"):
@@ -50,9 +50,18 @@ def test_packed_recipe_needs_no_environment_and_refuses_another_preset(monkeypat
 
 
 def test_baked_holds_no_seed_path_or_process_count():
-    names = set(load_config([], {}, gpus=0).baked())
+    names = set(train_gpt.baked(load_config([], {}, gpus=0)))
     assert not names & {"SEED", "RUN_ID", "RUNS_PATH", "DATA_PATH", "TOKENIZER_PATH", "FROM", "STAGES", "THREADS"}
-    assert {"STACK", "MATRIX_LR", "VOCAB_SIZE", "PRESET", "OVERLAY", "TARGET_BYTES"} <= names
+    assert {"STACK", "MATRIX_LR", "VOCAB_SIZE", "PRESET", "OVERLAY"} <= names
+
+
+@pytest.mark.parametrize("words", [["PRESET=baseline", "OVERLAY="], ["OVERLAY=tiny", "MLP_MULT=2", "MATRIX_BITS=5"],
+                                   ["OVERLAY=tiny", "MUON_WD=0", "SOLVER=nearest", "FIT=0", "CODEC=zlib"]])
+def test_a_packed_file_repeats_its_recipe(words, monkeypatch):
+    wanted = load_config(words, {}, gpus=0)
+    monkeypatch.setattr(train_gpt, "BAKED", json.loads(json.dumps(train_gpt.baked(wanted))))
+    for gpus in (0, 8):
+        assert load_config([], {}, gpus=gpus).recipe() == wanted.recipe()
 
 
 def test_from_inherits_settings_but_not_launch_settings(tmp_path):

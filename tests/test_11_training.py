@@ -15,10 +15,13 @@ from conftest import ROOT, clean_env, events, launch, make_model, small_config, 
 
 import train_gpt
 from train_gpt import (
+    FORMATS,
     CheckError,
     Checkpoint,
     ConfigError,
     Log,
+    Optimizer,
+    Progress,
     Stopwatch,
     Trainer,
     World,
@@ -29,9 +32,15 @@ from train_gpt import (
     main,
     make_loss,
     pick_compile,
+    project,
+    rate_factor,
+    routes_of,
     save_checkpoint,
+    unpack_artifact,
     working_compiler,
 )
+
+STAGES = "train,calibrate,write,reload,evaluate"
 
 
 def losses(folder):
@@ -104,7 +113,7 @@ def test_weights_are_compared_over_ranks():
 def straight(mini, tmp_path_factory):
     """Twenty steps without interruption, one rank."""
     runs = tmp_path_factory.mktemp("runs")
-    assert main(small_words(mini, runs, RUN_ID="one", ITERATIONS=20, STAGES="train,write,reload,evaluate"), {}) == 0
+    assert main(small_words(mini, runs, RUN_ID="one", ITERATIONS=20, STAGES=STAGES), {}) == 0
     return runs / "one"
 
 
@@ -122,8 +131,7 @@ def test_same_seed_same_bits_and_another_seed_other_bits(mini, straight, tmp_pat
 
 def test_lanes_give_the_same_bits(mini, straight, tmp_path):
     """Two micro-batches side by side sum to the same gradients, in the same order, as one after the other."""
-    assert main(small_words(mini, tmp_path, RUN_ID="lanes", ITERATIONS=20, STAGES="train,write,reload,evaluate",
-                            THREADS=2), {}) == 0
+    assert main(small_words(mini, tmp_path, RUN_ID="lanes", ITERATIONS=20, STAGES=STAGES, THREADS=2), {}) == 0
     assert "threads:2 in 2 lanes" in (tmp_path / "lanes" / "train.log").read_text()
     assert losses(tmp_path / "lanes") == losses(straight)
     scores = [json.loads((folder / "result.json").read_text())["scores"] for folder in (straight, tmp_path / "lanes")]
@@ -134,8 +142,8 @@ def test_lanes_give_the_same_bits(mini, straight, tmp_path):
 @pytest.mark.dist
 def test_two_ranks_equal_one(mini, straight, tmp_path):
     """fp32: the same losses to 1e-5 over 20 steps, and the same score to 1e-9 of the same artifact."""
-    done = launch(small_words(mini, tmp_path, RUN_ID="two", ITERATIONS=20, STAGES="train,write,reload,evaluate",
-                              SYNC_CHECK_EVERY=5), processes=2)
+    done = launch(small_words(mini, tmp_path, RUN_ID="two", ITERATIONS=20, STAGES=STAGES, SYNC_CHECK_EVERY=5),
+                  processes=2)
     assert done.returncode == 0, done.stderr
     one, two = losses(straight), losses(tmp_path / "two")
     assert sorted(two) == sorted(one) and max(abs(one[step] - two[step]) for step in one) <= 1e-5
@@ -156,7 +164,8 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(mini, tmp_path):
 
 def test_killed_run_resumes_bit_for_bit(mini, straight, tmp_path):
     """kill -9 in the middle; the restart says so, and every later loss and the artifact are the same bits."""
-    words = small_words(mini, tmp_path, RUN_ID="killed", ITERATIONS=20, STAGES="train,write", CHECKPOINT_SECONDS="0.05")
+    words = small_words(mini, tmp_path, RUN_ID="killed", ITERATIONS=20, STAGES="train,calibrate,write",
+                        CHECKPOINT_SECONDS="0.05")
     with subprocess.Popen([sys.executable, "train_gpt.py", *words], cwd=ROOT, env=clean_env(),
                           stdout=subprocess.DEVNULL) as child:
         path = tmp_path / "killed" / "events.jsonl"
@@ -243,7 +252,7 @@ def test_step_limited_runs_use_all_their_steps(mini, tmp_path):
 
 def test_from_with_train_trains_and_squeezes_its_own_weights(mini, straight, tmp_path):
     """FROM gives the settings; the new seed's weights, not the old run's, become the artifact."""
-    words = [f"FROM={straight}", f"RUNS_PATH={tmp_path}", "SEED=5", "STAGES=train,write,reload", "PACK=0",
+    words = [f"FROM={straight}", f"RUNS_PATH={tmp_path}", "SEED=5", "STAGES=train,calibrate,write,reload", "PACK=0",
              "TENSORBOARD=0", "THREADS=1"]
     assert main([*words, "RUN_ID=new"], {}) == 0
     assert (tmp_path / "new" / "artifact.bin").read_bytes() != (straight / "artifact.bin").read_bytes()
@@ -264,7 +273,8 @@ def test_a_run_folder_belongs_to_one_source(mini, straight, tmp_path, capsys):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("words, code, said", [
-    (["STAGES=train,write,evaluate,report", "TARGET_BYTES=1000"], 3, "TARGET_BYTES=1000: code plus model are"),
+    (["STAGES=train,write,evaluate,report", "TARGET_BYTES=1000", "FIT=0", "SOLVER=nearest", "ALLOCATE=0"], 3,
+     "TARGET_BYTES=1000: code plus model are"),
     (["STAGES=train", "DATA_PATH=/nonexistent"], 2, "no such folder")])
 def test_a_failure_on_one_rank_ends_all_with_one_line(mini, tmp_path, words, code, said):
     began = time.monotonic()
@@ -304,6 +314,96 @@ def test_validation_during_training_is_logged_and_not_timed(mini, tmp_path):
     assert "step:3/7 val_loss:" in (tmp_path / "val" / "train.log").read_text()
 
 
+# -- training at the weights as they will be stored
+
+
+def qat_trainer(mini, folder, **more):
+    """(trainer, its model) ready for one step at fraction 0."""
+    config = load_config(small_words(mini, folder, STACK="A2", GRAD_CLIP_NORM=0, **more), {}, gpus=0)
+    model = make_model(config, shake=0.05)
+    trainer = Trainer(config, model, load_data(config.data, World()), World(), Log(None, lambda: 0.0), folder, False,
+                      lambda phase: (0.0, 0.0))
+    trainer.losses = [make_loss(model, phase) for phase in range(len(model.phases))]
+    return trainer, model
+
+
+QAT_POLICIES = {name: f"matrix: {name} group=8; embedding: {name} group=16" for name in FORMATS} | {
+    "mixed": "*.q.weight: ternary group=8; *.mlp.*: sherry; matrix: int4 k=5; embedding: fp8; gain: bf16"}
+
+
+@pytest.mark.parametrize("policy", QAT_POLICIES)
+def test_qat_takes_the_loss_at_the_stored_weights_and_updates_the_latent_ones(mini, tmp_path, policy):
+    """By hand: loss and gradients at the projected weights, the update on the latent ones; then the same in a step."""
+    words = {"POLICY": QAT_POLICIES[policy], "SOLVER": "nearest"}
+    trainer, model = qat_trainer(mini, tmp_path, QAT_START=0, **words)
+    latent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other, copy = qat_trainer(mini, tmp_path, QAT_START=1, **words)
+    routes = routes_of(copy, other.config.artifact)
+    with torch.no_grad():
+        for name, p in copy.named_parameters():
+            p.copy_(project(p, routes[name]))
+    assert any(not torch.equal(p, latent[name]) for name, p in copy.named_parameters())
+    loss, _ = other.gradients(0)
+    other.optimizer = Optimizer(copy, other.config.optim, World(), copy.dtype)
+    with torch.no_grad():
+        for name, p in copy.named_parameters():
+            p.copy_(latent[name])
+    progress = Progress(0, 0.0, 10.0, 99.0)
+    other.optimizer.step(rate_factor(other.config.optim, progress), train_gpt.momentum_at(other.config.optim, 0))
+    plain = sum(make_loss(model, 0)(*trainer.batches.micro(index, World())).item() for index in range(4)) / 4
+    trainer.one_step(progress)
+    assert trainer.last_loss == loss != plain
+    for (name, found), wanted in zip(model.named_parameters(), copy.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+    assert not any(torch.equal(p, project(p, routes[name])) for name, p in model.named_parameters() if p.ndim == 2
+                   and routes[name].format not in ("fp16", "bf16"))
+
+
+def test_qat_begins_at_its_fraction_and_puts_the_weights_back(mini, tmp_path):
+    trainer, model = qat_trainer(mini, tmp_path, QAT_START=0.5, MATRIX_FORMAT="ternary", GROUP_SIZE=8)
+    latent = [p.detach().clone() for p in model.parameters()]
+    routes = routes_of(model, trainer.config.artifact)
+    for frac, on in ((0.0, False), (0.49, False), (0.5, True), (1.0, True)):
+        with trainer.as_stored(frac):
+            for (name, p), held in zip(model.named_parameters(), latent, strict=True):
+                assert torch.equal(p, project(held, routes[name]) if on else held)
+        assert all(torch.equal(p, held) for p, held in zip(model.parameters(), latent, strict=True))
+    with pytest.raises(KeyError), trainer.as_stored(1.0):
+        raise KeyError
+    assert all(torch.equal(p, held) for p, held in zip(model.parameters(), latent, strict=True))
+    never = train_gpt.dataclasses.replace(trainer.config.artifact, qat_start=1.0)
+    trainer.config = trainer.config._replace(artifact=never)
+    with trainer.as_stored(1.0):
+        assert all(torch.equal(p, held) for p, held in zip(model.parameters(), latent, strict=True))
+
+
+PLAIN = {"SOLVER": "nearest", "ALLOCATE": 0, "FIT": 0, "RATE_ROUNDING": 0}
+
+
+@pytest.mark.parametrize("more", [
+    {"MATRIX_FORMAT": "ternary", "GROUP_SIZE": 8, "EMBED_FORMAT": "fp8"},
+    {"MATRIX_BITS": 4, "EMBED_BITS": 5, "EMA_DECAY": 0.9, "THREADS": 2, "ATTN_CLIP_SIGMAS": 4}], ids=str)
+def test_the_artifact_of_a_qat_run_holds_the_weights_that_were_trained(mini, tmp_path, more):
+    """Bit for bit, so that the score of the artifact is the score of the float weights, exactly."""
+    words = small_words(mini, tmp_path, RUN_ID="qat", ITERATIONS=6, QAT_START=0.5, EVAL="contiguous",
+                        STAGES=STAGES, VAL_LOSS_EVERY=5, **{**PLAIN, **more})
+    assert main(words, {}) == 0
+    folder = tmp_path / "qat"
+    config, held = load_config(words, {}, gpus=0), load_checkpoint(folder / "checkpoint.pt")
+    routes = routes_of(make_model(config), config.artifact)
+    _, weights = unpack_artifact((folder / "artifact.bin").read_bytes())
+    for name, latent in (held.average or held.weights).items():
+        assert torch.equal(weights[name], project(latent, routes[name])), name
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    assert scores["contiguous"]["val_loss"] == scores["float"]["val_loss"]
+    assert "and to those the forward was trained with" in (folder / "train.log").read_text()
+    if not more.get("EMA_DECAY"):
+        plain = small_words(mini, tmp_path, RUN_ID="plain", ITERATIONS=6, STAGES="train", **{**PLAIN, **more})
+        assert main(plain, {}) == 0
+        one, two = losses(folder), losses(tmp_path / "plain")
+        assert [one[step] == two[step] for step in range(1, 7)] == [True] * 3 + [False] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(working_compiler() is None, reason="needs a C++ compiler and Python's headers")
 def test_compiled_training_gives_the_same_losses(mini, tmp_path):
@@ -315,3 +415,22 @@ def test_compiled_training_gives_the_same_losses(mini, tmp_path):
     assert "compile:1 (" in done.stdout and os.listdir(tmp_path / "cache")
     one, two = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
     assert max(abs(one[step] - two[step]) for step in one) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(working_compiler() is None, reason="needs a C++ compiler and Python's headers")
+def test_qat_is_active_under_compile(mini, tmp_path):
+    """The compiled graph sees the projected weights from QAT_START on: the losses of the plain run with QAT, not those
+    of a run without; and nothing is compiled anew for it."""
+    words = small_words(mini, tmp_path, ITERATIONS=4, STAGES="train", STACK="A2", MATRIX_FORMAT="ternary", GROUP_SIZE=8,
+                        **PLAIN)
+    assert main([*words, "RUN_ID=plain", "QAT_START=0.5"], {}) == 0
+    assert main([*words, "RUN_ID=without"], {}) == 0
+    done = launch([*words, "RUN_ID=compiled", "QAT_START=0.5", "COMPILE=1"],
+                  env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    assert "compile:1 (" in done.stdout and "recompiled:" not in done.stdout
+    plain, without, compiled = (losses(tmp_path / name) for name in ("plain", "without", "compiled"))
+    assert max(abs(plain[step] - compiled[step]) for step in plain) <= 1e-3
+    assert all(plain[step] == without[step] for step in (1, 2))
+    assert all(abs(plain[step] - without[step]) > 0.01 for step in (3, 4))

@@ -355,6 +355,20 @@ def test_test_hands_its_words_to_pytest(fresh: Copy):
     assert fresh.fake_log()[-1] == "-m pytest -q -k a or b tests/x.py"
 
 
+def test_bench_hands_its_words_on(fresh: Copy):
+    words = ["codec", "runs/a run", "REPEATS=2", "--json", "x.json"]
+    assert fresh.run("run.sh", "bench", *words)[0] == 0
+    assert fresh.fake_log()[-1] == "tools/bench.py " + " ".join(words)
+    assert fresh.calls() == []  # neither data nor packing
+
+
+def test_bench_takes_an_interpreter(copy: Copy):
+    write_script(copy.root / "tools/bench.py", STUB)
+    python = copy.env.pop("PYTHON")
+    assert copy.run("run.sh", "bench", "gptq", f"PYTHON={python}", STUB_BENCH="2")[0] == 2
+    assert [(call["name"], call["argv"]) for call in copy.calls()] == [("BENCH", ["gptq"])]
+
+
 # setup_pod.sh
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib.util
 import lzma
 import os
 import random
@@ -49,9 +50,10 @@ class Config:
     width: int = 8
     names: tuple[str, ...] = ("a", "b")
 
-    def baked(self: Config) -> dict[str, object]:
-        '''What the packed file carries.'''
-        return {"WIDTH": self.width, "RATE": -0.5, "NAME": "it's", "LIST": [1, None, True]}
+
+def baked(config: Config) -> dict[str, object]:
+    '''What the packed file carries.'''
+    return {"WIDTH": config.width, "RATE": -0.5, "NAME": "it's", "LIST": [1, None, True]}
 
 
 class Point(NamedTuple):
@@ -453,6 +455,553 @@ def test_baked_values_come_back_exactly(value):
     assert repr(scope["BAKED"]) == repr({"V": value})
 
 
+def test_the_smallest_of_several_streams_is_taken():
+    data = MINIATURE.encode()
+    smallest = min(len(pack.escape_latin1(pack._lzma(data, bits, nice))) for bits in (2, 3, 4) for nice in (64, 273))
+    assert len(pack.escape_latin1(pack.compress(data))) <= smallest
+
+
+# ---- pruning: what a configuration cannot reach is dropped, and nothing else
+
+# Everything that is reached in a way that is easy to miss; each `dead_` name is what must go.
+REACHING = '''"""A program that prunes."""
+# ==== 01 IMPORTS ==================================================================================
+import colorsys
+import dataclasses
+import functools
+import json
+import os.path
+import sys
+import textwrap
+from fractions import Fraction
+from string import ascii_letters, digits
+from typing import Any, NamedTuple
+
+BAKED: dict[str, object] = {}
+# ==== 02 SETTINGS =================================================================================
+
+
+class ConfigError(Exception):
+    """A user's mistake."""
+
+
+def setting(default: Any, text: str, *, unit: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"text": text, "unit": unit})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    codec: str = setting("short", "a help text that costs bytes", unit="codecs")
+    level: int = setting(3, text="another help text that costs bytes")
+
+
+class Preset(NamedTuple):
+    doc: str
+    values: dict[str, Any]
+    under: dict[str, dict[str, Any]]
+
+
+PRESETS: dict[str, Preset] = {
+    "one": Preset("the first", {"CODEC": "long", "DATA_PATH": "here"}, {"tiny": {"LEVEL": 9, "DATA_PATH": "there"}}),
+    "two": Preset("the second", {"CODEC": "dead_codec"}, {}),
+}
+OVERLAYS = {"tiny": ("small", {"LEVEL": 4}), "dead_overlay": ("big", {})}
+# ==== 03 PARTS ====================================================================================
+
+
+class Codec(NamedTuple):
+    pack: Any
+    doc: str = ""
+
+
+def by_table(text): return text[::-1]
+def by_row_of_the_table(text): return by_call_from_a_row(text) + "!"
+def by_call_from_a_row(text): return text.upper()
+def by_lambda(text): return text.title()
+def dead_only_in_a_dropped_row(text): return dead_by_a_dead_one(text) + json.dumps(text)
+def dead_by_a_dead_one(text): return textwrap.fill(text) + DEAD_CONSTANT
+DEAD_CONSTANT, DEAD_SECOND = "dead_1", 2
+def computed(n): return str(n)
+
+
+CODECS: dict[str, Codec] = {
+    "short": Codec(by_table),
+    "long": Codec(by_row_of_the_table, "a doc"),
+    "lambda": Codec(lambda text: by_lambda(text)),
+    "dead_codec": Codec(dead_only_in_a_dropped_row),
+    "dead_other": Codec(lambda text: dead_only_in_a_dropped_row(text)),
+}
+COMPUTED: dict[str, Any] = {**{f"int{n}": computed for n in range(2)}, "half": by_table,
+                            "dead_row": dead_by_a_dead_one}
+WHOLE: dict[str, Any] = {"a": by_table, "kept_row": by_table}
+
+
+def by_decorator(f): return functools.wraps(f)(lambda: f() + BY_GLOBAL)
+BY_GLOBAL = "global"
+@by_decorator
+def decorated(): return "decorated "
+
+
+class BaseOfBase: shared = "base"
+class Base(BaseOfBase): pass
+class Derived(Base): pass
+class DeadDerived(Base): pass
+
+
+def by_default(): return "default"
+def with_default(f=by_default, *, g=Base): return f() + g.shared
+def by_fstring(): return "fstring"
+def by_nested_fstring(): return 12
+def by_comprehension(x): return x + 1
+def by_keyword(x): return -x
+by_attribute = "attribute"
+
+
+class Holder: by_attribute = "class attribute"
+
+
+@functools.singledispatch
+def show(x): return "object"
+@show.register
+def _(x: int): return by_dispatch()
+def by_dispatch(): return "int"
+
+
+class Fault(Exception): pass
+class Shape: __match_args__ = ("n",)
+class Circle(Shape):
+    def __init__(self, n): self.n = n
+
+
+counter = 0
+
+
+def count():
+    global counter
+    counter = counter + 1
+    return counter
+
+
+class Field: pass
+@dataclasses.dataclass
+class Record:
+    part: Field = None
+    number: int = 0
+
+
+type_alias = dict[str, Fraction]
+def annotated(x: type_alias) -> Fraction: return x
+DEAD_TABLE = {"x": dead_by_a_dead_one}
+dead_compiled = Codec(dead_by_a_dead_one)
+first, (second, third) = "unpacked", ("a", "b")
+def only_readable(): return colorsys.rgb_to_hsv(0, 0, 0)
+def also_readable(): return digits
+# ==== 04 GONE =====================================================================================
+def dead_section(): return Dead()
+class Dead: pass
+# ==== 05 MAIN =====================================================================================
+
+
+def main(argv):
+    name = argv[0] if argv else "short"
+    if not BAKED:
+        return only_readable()
+    print(BAKED, also_readable() if argv and not BAKED else "packed", CODECS[name].pack("text"),
+          COMPUTED["half"]("12"), COMPUTED["int1"](5), list(WHOLE), PRESETS["one"], OVERLAYS)
+    print(decorated(), Derived.shared, with_default(), f"{by_fstring()} {'x':>{by_nested_fstring()}}",
+          [by_comprehension(x) for x in range(2)], sorted([1, 2], key=by_keyword), show(1), show("x"))
+    print(getattr(Holder, "by_attribute"), second, count(), count(),
+          [f.type.__name__ for f in dataclasses.fields(Record)])
+    try:
+        raise Fault("caught")
+    except Fault as fault:
+        print(fault, annotated(1), os.path.basename("a/b"), ascii_letters[:3], json.dumps([1]) if len(argv) > 9 else "")
+    match Circle(4):
+        case Circle(n):
+            print(n)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+'''
+USED = {"CODECS": {"short", "long", "lambda"}, "COMPUTED": {"half", "int1"}, "WHOLE": {"a", "kept_row"},
+        "PRESETS": {"one"}, "OVERLAYS": {"tiny"}}
+RECIPE = {"PRESET": "one", "CODEC": "short", "LEVEL": 3}
+TINY_MAIN = BAKED_LINE + "class ConfigError(Exception): pass\nT = {'a': 1, 'b': 2}\n"
+
+
+def prune(source, used=None, baked=RECIPE):
+    """What is left of a source for which table T needs row a, and the names that were dropped."""
+    done = pack.shrink_source(source, baked, {"T": {"a"}} if used is None else used)
+    return done.text, done.dropped
+
+
+@pytest.mark.parametrize("used", [None, {}])
+def test_pruning_nothing_is_stripping_alone(used):
+    for source in (MINIATURE, REACHING):
+        text, notes = pack.strip_source(source, BAKED)
+        packed = pack.pack(source, BAKED, "x", used)
+        assert packed.source == "\n" * pack.STUB_LINES + text and packed.notes == notes
+        assert packed.data == pack.pack_source(source, BAKED, "x")
+        assert (packed.stripped.tables, packed.stripped.dropped) == ([], [])
+        assert "not in this packed file" not in text
+
+
+@pytest.mark.parametrize("words", [[], ["long"], ["lambda"]])
+def test_a_pruned_program_does_the_same(tmp_path, words):
+    expected = tmp_path / "expected.py"
+    expected.write_text(REACHING.replace(BAKED_LINE, f"BAKED = {dict(sorted(RECIPE.items()))!r}\n").replace(
+        '"two": Preset("the second", {"CODEC": "dead_codec"}, {}),', "").replace(
+        '"dead_overlay": ("big", {})', "").replace('"CODEC": "long", ', "").replace('"LEVEL": 9, ', "").replace(
+        '{"LEVEL": 4}', "{}"))
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(pack.pack_source(REACHING, RECIPE, "x", USED))
+    done, wanted = run(path, *words), run(expected, *words)
+    assert wanted.returncode == 0, wanted.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, "")
+
+
+def test_only_what_is_dead_is_dropped():
+    done = pack.shrink_source(REACHING, RECIPE, USED)
+    assert "dead" not in done.text.lower() and "help text" not in done.text
+    gone = {"colorsys", "textwrap", "digits", "only_readable", "also_readable", "Fraction", "Any", "type_alias",
+            "DeadDerived", "DEAD_CONSTANT", "DEAD_SECOND", "DEAD_TABLE", "Dead"}
+    assert {name for name in done.dropped if not name.startswith("dead_")} == gone
+    names = {name for node in ast.parse(REACHING).body for name in pack._bound(node)}
+    left = {name for node in ast.parse(done.text).body for name in pack._bound(node)}
+    assert names - left == set(done.dropped) and left - names == {"PrunedRows"}
+    assert done.notes == []
+    assert "from string import ascii_letters\n" in done.text
+    assert done.tables == sorted(done.tables) and len(done.tables) == len(USED)
+    assert "CODECS: kept short, long, lambda; dropped dead_codec, dead_other" in done.tables
+    assert "COMPUTED: kept all computed rows, half; dropped dead_row" in done.tables
+    assert "WHOLE: kept a, kept_row; dropped nothing" in done.tables
+    assert "\nWHOLE={'a':by_table,'kept_row':by_table}\n" in done.text
+
+
+def test_settings_that_are_baked_leave_the_presets_and_overlays_and_no_other_table():
+    text = pack.shrink_source(REACHING, RECIPE, USED).text
+    assert "Preset('the first',{'DATA_PATH':'here'},{'tiny':{'DATA_PATH':'there'}})" in text
+    assert "OVERLAYS=PrunedRows('OVERLAYS',{'tiny':('small',{})})" in text
+    other = TINY_MAIN + "PRESETS = {'a': {'CODEC': 1}}\nX = {'a': {'CODEC': 2}}\nprint(T, PRESETS, X)\n"
+    assert "{'a':{'CODEC':1}}" in prune(other)[0]  # not named, so kept whole
+    text = prune(other, {"PRESETS": {"a"}, "X": {"a"}})[0]
+    assert "PRESETS={'a':{}}" in text and "X={'a':{'CODEC':2}}" in text
+    odd = other.replace("{'a': {'CODEC': 1}}", "{'CODEC': {'LEVEL': 1}}")  # a row's own name is no setting
+    assert "PRESETS={'CODEC':{}}" in prune(odd, {"PRESETS": {"CODEC"}})[0]
+
+
+def test_a_dropped_row_explains_itself(tmp_path):
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(pack.pack_source(REACHING, RECIPE, "x", {**USED, "CODECS": {"short"}}))
+    done = run(path, "long")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr == (
+        "CODECS=long: not in this packed file, which was made for other settings; run the readable train_gpt.py\n")
+    scope = {"__name__": "train_gpt"}
+    exec(pack.unpack_source(path.read_bytes()), scope)
+    table = scope["CODECS"]
+    assert isinstance(table, dict) and list(table) == ["short"] and "long" not in table and table.get("long") is None
+    assert type(scope["WHOLE"]) is dict
+    with pytest.raises(scope["ConfigError"], match="CODECS=long: not in this packed file"):
+        table["long"]
+
+
+@pytest.mark.parametrize("statement", [
+    "effect()", "made = effect()", "made = [effect() for _ in range(1)]", "made = {'x': Plain(effect())}",
+    "made: int = effect()", "left.right = dead", "T['c'] = 1", "T |= {'c': dead}", "del left", "made = (x := dead)",
+    "for made in (1, 2): pass", "while effect(): pass", "if left:\n    made = dead",
+    "try:\n    import json as made\nexcept ImportError:\n    made = None", "with left as made: pass",
+    "assert left", "@register\ndef made(): pass", "@left.register\nclass made: pass", "def made(x=effect()): pass",
+    "def made(*, x=effect()): pass", "class made(left()): pass", "class made(metaclass=left): pass",
+    "class made(Hooked): pass", "class made(Hooked2): pass", "class made(Meta): pass",
+    "class made:\n    x = effect()", "class made:\n    effect()", "class made:\n    def f(self, x=effect()): pass",
+    "class made:\n    @register\n    def f(self): pass", "made = lambda x=effect(): x", "raise left or 1",
+    "__getattr__ = dead", "__all__ = ['dead']", "raise left", "async def made(x=effect()): pass",
+    "made = f'{effect()}'", "made = left[effect()]", "made = zip(left)", "made = Row.make(left)",
+    "@cache\ndef made(): pass", "@left.cache\ndef made(): pass", "class made(zip): pass",
+    "@outside\ndef made(): pass", "@outside.register(1)\nclass made: pass", "class made(outside()): pass",
+    "made = outside(1)", "made = outside.make()", "class made:\n    x: int = outside()",
+    "class made:\n    global left",
+])
+def test_what_does_something_stays_with_all_it_needs(statement):
+    source = (f"{TINY_MAIN}class Hooked:\n    def __init_subclass__(cls): pass\nclass Hooked2(Hooked): pass\n"
+              "class Meta(metaclass=type): pass\ndef Plain(x): pass\ndef zip(x): pass\ndef cache(x): pass\n"
+              "import outside\nimport typing\nclass Row(typing.NamedTuple): x: int\n"
+              f"dead = 1\ndef effect(): pass\ndef register(f): pass\nleft = 2\n{statement}\n")
+    text, dropped = prune(source)
+    expected = ast.dump(ast.parse(statement.replace("made: int", "made")).body[0])
+    assert expected in [ast.dump(node) for node in ast.parse(text).body], text
+    needed = {node.id for node in ast.walk(ast.parse(statement)) if isinstance(node, ast.Name)}
+    assert not needed & set(dropped) and (needed or "global" in statement)
+
+
+@pytest.mark.parametrize("statement", [
+    "dead = 1", "dead = [1, -2, {'x': (3,)}, f'{len(y)}', y.z[0] if y else y + 1]", "dead: int = 1", "dead = other = 2",
+    "def dead(): effect()", "async def dead(): effect()", "dead = lambda: effect()", "class dead: x = 1",
+    "class dead(y):\n    'doc'\n    def f(self): effect()", "class dead(y.Z): pass", "dead = re.compile('x')",
+    "dead = frozenset(range(3))", "dead = Row(1, x=lambda: effect())", "@triton.jit\ndef dead(): pass",
+    "@triton.autotune(configs=[], key=[])\n@triton.jit\ndef dead(): pass",
+    "@dataclasses.dataclass(frozen=True)\nclass dead: x: int = 0",
+    "@functools.lru_cache(maxsize=None)\ndef dead(): pass", "@torch.no_grad()\ndef dead(): pass",
+    "class dead(Row): pass", "dead = [Row(x) for x in range(3) if x]", "dead, (dead2, dead3) = 1, (2, 3)",
+])
+def test_a_definition_that_nothing_reaches_goes(statement):
+    source = (f"{TINY_MAIN}from typing import NamedTuple\nclass Row(NamedTuple):\n    x: int\ndef effect(): pass\n"
+              f"class y: Z = 3\n{statement}\nprint(T)\n")
+    text, dropped = prune(source)
+    assert "dead" not in text and "dead" in dropped and "effect" in dropped and "y" in dropped
+
+
+@pytest.mark.parametrize("import_line", [
+    "import gone", "import gone.part", "import gone as dead", "from gone import dead", "from gone import x as dead"])
+def test_imports_go_with_their_last_user_and_only_then(import_line):
+    name = pack._alias_name(ast.parse(import_line).body[0].names[0])
+    source = f"{TINY_MAIN}{import_line}\ndef user(): return {name}.x\n"
+    assert prune(source + "print(T)\n") == (prune(TINY_MAIN + "print(T)\n")[0], [name, "user"])
+    for user in ("print(T, user())", f"print(T, {name})", f"del {name}", f"T.x = {name}.y"):
+        assert import_line in prune(f"{source}{user}\n")[0]
+    assert import_line in prune(f"{TINY_MAIN}{import_line}\nprint(T)\n")[0]  # never named: there for its effect
+    for line in ("from gone import*", "from __future__ import annotations"):
+        assert line in prune(f"{line}\n{TINY_MAIN}def user(): return annotations['*']\nprint(T)\n")[0]
+
+
+def test_a_name_in_a_string_or_after_a_dot_is_taken_for_a_use():
+    for user, dropped in (("'dead'", []), ("x.dead", []), ("f'{x}dead'", []), ("'the dead'", ["dead"])):
+        assert prune(f"{TINY_MAIN}def dead(): pass\nprint(T, {user})\n")[1] == dropped, user
+
+
+READERS = ["globals()[x]", "eval('dead')", "exec(x)", "__import__(x)", "sys.modules[__name__]", "sys.modules.get(x)",
+           "vars()", "locals()", "dir()", "f.__globals__[x]", "inspect.getmodule(f)", "pickle.loads(__name__)",
+           "typing.get_type_hints(f)"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_where_definitions_are_found_without_their_name_all_stay(reader):
+    source = f"{TINY_MAIN}import gone\ndef dead(): return gone\ndef reader(x): return {reader}\n"
+    done = pack.shrink_source(source + "print(T, reader)\n", {}, {"T": {"a"}})
+    assert "def dead()" in done.text and "import gone" in done.text and done.dropped == []
+    assert "'b'" not in done.text and any("kept: line 6" in note for note in done.notes), done.notes
+    if reader != READERS[-1]:  # in code that is itself dropped it does not matter
+        assert prune(source + "print(T)\n")[1] == ["gone", "dead", "reader"]
+
+
+@pytest.mark.parametrize("line", ["import __main__", "import train_gpt", "from train_gpt import x",
+                                  "from sys import modules"])
+def test_an_import_of_itself_keeps_everything(line):
+    source = f"{TINY_MAIN}def dead(): pass\ndef f():\n    {line}\nprint(T, f)\n"
+    assert "def dead()" in prune(source)[0]
+
+
+@pytest.mark.parametrize("line", ["sys.modules['x'] = 1", "if 'x' in sys.modules: pass", "print(f.__name__)",
+                                  "model.eval()", "model.modules()", "if __name__ == '__main__': pass", "vars(x)"])
+def test_what_only_looks_like_finding_definitions_does_not_keep_them(line):
+    source = f"{TINY_MAIN}def dead(): pass\ndef f():\n    {line}\nprint(T, f)\n"
+    assert prune(source)[1] == ["dead"]
+
+
+@pytest.mark.parametrize(("code", "kept"), [
+    ("if not BAKED:\n    dead()\n", []), ("if BAKED:\n    live()\nelse:\n    dead()\n", ["live()"]),
+    ("if x.y and not BAKED:\n    dead()\n", []), ("if BAKED or dead():\n    live()\n", ["live()"]),
+    ("if not BAKED:\n    dead()\nelif x:\n    live()\n", ["if x", "live()"]),
+    ("if x:\n    if not BAKED:\n        dead()\n", ["if x", "pass"]),
+    ("y = dead() if not BAKED else live()\n", ["y=live()"]),
+    ("y = [live() if x.y or BAKED else dead()]\n", ["[live()]"]),
+    ("if not (BAKED and BAKED):\n    dead()\n", []),
+    ("if x() and not BAKED:\n    live()\n", ["x()", "live()"]),  # x may do something
+    ("if x and BAKED:\n    live()\n", ["if x and BAKED", "live()"]), ("y = bool(BAKED)\n", ["bool(BAKED)"]),
+    ("if BAKED:\n    return live()\ndead()\n", ["live()"]),
+    ("if not BAKED:\n    pass\nelse:\n    raise live\ndead()\n", ["raise live"]),
+    ("for y in x:\n    if BAKED:\n        continue\n    dead()\nlive()\n", ["live()"]),
+    ("if BAKED:\n    return live()\nx = 1\nlive2()\n", ["live2"]),  # makes x a local name
+    ("if BAKED:\n    return live()\nyield 1\n", ["yield 1"]),  # makes it a generator
+    ("if BAKED:\n    live()\nlive2()\n", ["live()", "live2()"]), ("if x:\n    return 1\nlive()\n", ["live()"]),
+    ("while not BAKED:\n    live()\n", ["while not BAKED"]), ("if BAKED == {}:\n    live()\n", ["BAKED=={}"]),
+])
+def test_branches_that_a_packed_file_never_takes_go(code, kept):
+    text, _ = prune(f"{TINY_MAIN}def main(x):\n" + "".join(f"    {line}\n" for line in code.splitlines())
+                    + "    return T\nprint(main)\n")
+    assert "dead" not in text and all(part in text for part in kept), text
+
+
+@pytest.mark.parametrize("change", ["BAKED = {}", "BAKED.clear()", "BAKED['x'] = 1", "del BAKED['x']", "BAKED |= {}",
+                                    "def g(BAKED): pass", "lambda BAKED: 1", "for BAKED in (): pass"])
+def test_no_branch_goes_where_baked_may_change_or_is_empty(change):
+    code = "def main():\n    if not BAKED:\n        live()\n    return T\nprint(main)\n"
+    assert "live" in prune(f"{TINY_MAIN}def f():\n    {change}\n{code}")[0]
+    assert "live" in prune(TINY_MAIN + code, baked={})[0]
+    assert "live" not in prune(f"{TINY_MAIN}def f():\n    BAKED.get('x', BAKED['y'])\n{code}")[0]
+
+
+def test_help_texts_go_only_from_calls_of_setting():
+    source = (f"{TINY_MAIN}def setting(default, text='', *, unit=''): pass\ndef other(default, text): pass\n"
+              "setting(1, 'help one', unit='u')\nsetting(1, unit='u', text='help ' 'two')\nsetting('d', T.x)\n"
+              "other(1, 'live')\nx.setting(1, 'alive')\n")
+    text, _ = prune(source)
+    assert "help" not in text and text.endswith(
+        "setting(1,'',unit='u')\nsetting(1,unit='u',text='')\nsetting('d',T.x)\nother(1,'live')\nx.setting(1,'alive')\n")
+    assert "'help'" in prune(source.replace("text='', *", "words='', *").replace("'help one'", "'help'"))[0]
+    keyword_only = source.replace("text='', *, unit=''", "*, unit='', text=''").replace("1, 'help one', ", "1, ")
+    assert "help" not in prune(keyword_only)[0]
+
+
+def test_field_types_of_named_tuples_go_and_those_of_dataclasses_stay():
+    source = (f"{TINY_MAIN}import typing\nfrom typing import Any, NamedTuple\nclass P(NamedTuple):\n    x: Any\n"
+              "    y: Any = 2\nclass Q(typing.NamedTuple):\n    z: Any\nclass D(Base):\n    w: int = 0\n"
+              "print(T, P, Q, D)\n")
+    text, dropped = prune(source)
+    assert "x:0\n y:0=2\n" in text and "z:0\n" in text and "w:int=0" in text and dropped == ["Any"]
+    assert "x:Any" in prune(source + "P.__annotations__\n")[0]
+
+
+@pytest.mark.parametrize(("source", "used", "message"), [
+    ("", {"X": {"a"}}, "used_rows: X must be one top-level dict literal"),
+    ("X = dict(a=1)\n", {"X": {"a"}}, "used_rows: X must be"),
+    ("def X(): pass\n", {"X": set()}, "used_rows: X must be"),
+    ("X = {n: 1 for n in 'ab'}\n", {"X": {"a"}}, "used_rows: X must be"),
+    ("X = {'a': 1}\nX = {'a': 1}\n", {"X": {"a"}}, "used_rows: X must be"),
+    ("X = {'a': 1, 2: 3}\n", {"X": {"a"}}, "whose keys are strings"),
+    ("X = {name: 3}\n", {"X": set()}, "whose keys are strings"),
+    ("X: dict\n", {"X": set()}, "used_rows: X must be"), ("import X\n", {"X": set()}, "used_rows: X must be"),
+    ("def f():\n    X = {'a': 1}\n", {"X": {"a"}}, "used_rows: X must be"),
+    ("", {"T": {"a", "z", "y"}}, "used_rows: T has no row 'y', 'z'"),
+    ("PrunedRows = 1\n", {"T": {"a"}}, "the name PrunedRows free"),
+])
+def test_used_rows_must_fit_the_source(source, used, message):
+    with pytest.raises(pack.PackError) as caught:
+        pack.pack_source(TINY_MAIN + source, {}, "x", used)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [
+    TINY_MAIN.replace("ConfigError", "Fault"),
+    TINY_MAIN.replace("class ConfigError(Exception): pass", "ConfigError = 1"),
+    BAKED_LINE + "T = {'a': 1, 'b': 2}\nclass ConfigError(Exception): pass\n"])
+def test_pruning_needs_the_error_that_it_raises_above_its_tables(source):
+    with pytest.raises(pack.PackError, match="one top-level class ConfigError above the tables"):
+        prune(source)
+    prune(source, {"T": {"a", "b"}})
+
+
+def test_computed_rows_stay_whole_and_may_be_named():
+    source = TINY_MAIN + "X = {'a': 1, **other, 'b': 2}\nprint(X)\n"
+    assert "PrunedRows('X',{'a':1,**other})" in prune(source, {"X": {"a", "somewhere in other"}})[0]
+    assert "X={'a':1,**other,'b':2}" in prune(source, {"X": {"a", "b"}})[0]
+    assert "PrunedRows('X',{**other})" in prune(source, {"X": []})[0]
+
+
+def test_pruned_bytes_depend_on_neither_order_nor_process(tmp_path):
+    first = pack.pack_source(REACHING, RECIPE, "x", USED)
+    code = ("import sys; from tools import pack; used = eval(sys.argv[2]); "
+            "sys.stdout.buffer.write(pack.pack_source(open(sys.argv[1]).read(), eval(sys.argv[3]), 'x', used))")
+    (tmp_path / "s.py").write_text(REACHING)
+    used = repr({table: sorted(rows)[::-1] for table, rows in reversed(USED.items())})
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s.py"), used, repr(RECIPE)], cwd=ROOT,
+                              check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed}, timeout=60)
+        assert done.stdout == first
+    assert pack.shrink_source(REACHING, RECIPE, dict(reversed(USED.items()))) == pack.shrink_source(
+        REACHING, RECIPE, USED)
+    assert len(first) < 0.9 * len(pack.pack_source(REACHING, RECIPE, "x"))
+
+
+def test_sections_of_a_pruned_file_sum_to_it():
+    packed = pack.pack(REACHING, RECIPE, "x", USED)
+    sizes = pack.section_bytes(REACHING, packed)
+    assert list(sizes) == ["HEADER", "01 IMPORTS", "02 SETTINGS", "03 PARTS", "04 GONE", "05 MAIN"]
+    assert sum(sizes.values()) == len(packed.data) and sizes["04 GONE"] == 0
+    assert all(size > 30 for name, size in sizes.items() if name not in ("HEADER", "04 GONE"))
+    whole = pack.pack(REACHING, RECIPE, "x")
+    assert pack.section_bytes(REACHING, whole)["04 GONE"] > 0
+    rows = packed.stripped.rows
+    body = ast.parse(packed.source).body
+    lines = REACHING.split("\n")
+    assert len(rows) == len(body) and rows == sorted(rows)
+    for node, row in zip(body, rows, strict=True):
+        if getattr(node, "name", "") not in ("", "PrunedRows"):
+            assert node.name in lines[row - 1] or lines[row - 1].startswith("@")
+
+
+def test_traceback_of_a_pruned_file_shows_its_lines(tmp_path):
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(pack.pack_source(REACHING, RECIPE, "x", {**USED, "CODECS": {"short"}}))
+    done = run(path, "no such row at all", "x")
+    assert done.returncode == 2
+    path.write_bytes(pack.pack_source(REACHING.replace("text.upper()", "text.no()"), RECIPE, "x", USED))
+    done = run(path, "long")
+    assert done.returncode == 1 and "in by_call_from_a_row\n    return text.no()\n" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("line", "tight"), [
+    ("x = a + b * -c ** 2", "x=a+b*-c**2"), ("x = 1 if a else 2", "x=1 if a else 2"),
+    ("x = a if 'b' in c else d", "x=a if 'b'in c else d"),
+    ("return_ = not a and b or c is not d", "return_=not a and b or c is not d"), ("x = 0x1f or 0o7", "x=31 or 7"),
+    ("x = [f'{a!r:>{b}} {{c}}', rb'\\x00', 'it''s', b'c']", None), ("x = 1.0.real + 1j .imag", None),
+    ("x = '''a\n\n   b''' + f'''c\n  {d}\n\n'''", None), ("print(* a, ** b)", "print(*a,**b)"),
+    ("x = lambda a, *b, c = 1, **d: (yield)", None), ("x = a[1:2, ::3]", "x=a[1:2,::3]"),
+    ("assert (a := 1) != - 1", "assert(a:=1)!=-1"), ("async def f(a, /, b: int = 1) -> 'c': await a", None),
+    ("if a:\n    x = 1\n\n\n    def g(): pass\nelse:\n    pass",
+     "if a:\n x=1\n def g():\n  pass\nelse:\n pass"),
+    ("x = a @ b; y = ...", "x=a@b\ny=..."),
+])
+def test_gaps_close_without_changing_the_program(line, tight):
+    text = pack._reindent(ast.unparse(ast.parse(line)))
+    closed = pack._close_gaps(text)
+    assert ast.dump(ast.parse(closed)) == ast.dump(ast.parse(line)) and len(closed) <= len(text)
+    assert tight is None or closed == tight + "\n"
+
+
+@pytest.mark.parametrize(("line", "opened"), [
+    ("return (a, b)", "return a, b"), ("x = (a, (b, c))", "x = a, (b, c)"), ("x = y, z = (1, 2)", "x = y, z = 1, 2"),
+    ("x = (a,)", "x = a,"), ("x = ()", "x = ()"), ("x = ('é', 'ü')", "x = 'é', 'ü'"), ("x = (a, b) + (c, d)", None),
+    ("x = (*a, b)", "x = *a, b"), ("return (a, b)[0]", None), ("x[1, 2] = (3, 4)", "x[1, 2] = 3, 4"),
+    ("x = f((a, b), (c, d))", None), ("x: int = (a, b)", None), ("x = (a, lambda: (b, c))", "x = a, lambda: (b, c)"),
+    ("x = ('a)(', b)", "x = 'a)(', b"), ("return (yield (a, b))", None), ("x += (a, b)", None),
+])
+def test_tuples_open_without_changing_the_program(line, opened):
+    code = f"def f():\n {line}\n"
+    text = pack._reindent(ast.unparse(ast.parse(code)))
+    assert ast.dump(ast.parse(pack._open_tuples(text))) == ast.dump(ast.parse(code))
+    assert pack._open_tuples(text) == (text if opened is None else f"def f():\n {opened}\n")
+
+
+@pytest.mark.parametrize("name", ["argparse", "ast", "dataclasses", "difflib", "tarfile", "typing", "test.test_fstring",
+                                  "test.test_grammar", "test.test_patma"])
+def test_gaps_close_in_the_standard_library(name):
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip(f"{name} is not installed")
+    text = pack._reindent(ast.unparse(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))))
+    closed = pack._close_gaps(pack._open_tuples(text))
+    assert ast.dump(ast.parse(closed)) == ast.dump(ast.parse(text)) and len(closed) < 0.98 * len(text)
+
+
+def test_command_prunes_for_its_words_and_prints_a_line_a_table(project):
+    more = ("CODECS = {'a': 1, 'b': 2}\ndef dead(): pass\n"
+            "def used_rows(config): return {'CODECS': {'a' if config.width < 50 else 'b'}}\n")
+    source = MINIATURE.replace("def load_config(", f"{more}def load_config(")
+    source = source.replace("assert used_string", "assert CODECS and used_string")
+    source = source.replace("sys.modules[__name__].Config is Config and ", "").replace("print(__name__, ", "print(")
+    (project / "train_gpt.py").write_text(source)
+    for width, line, kept in (("12", "CODECS: kept a; dropped b", "{'a':1}"),
+                              ("60", "CODECS: kept b; dropped a", "{'b':2}")):
+        done = pack_command(project, f"WIDTH={width}")
+        assert done.returncode == 0 and line in done.stderr.split("\n"), done.stderr
+        path = Path(done.stdout.strip())
+        assert f"CODECS=PrunedRows('CODECS',{kept})" in pack.unpack_source(path.read_bytes())
+        assert "dropped because nothing reaches it: " in done.stderr and "dead" in done.stderr
+        total = sum(int(size.replace(",", "")) for size in re.findall(r"^  .{16} *([\d,]+) bytes", done.stderr, re.M))
+        assert total == path.stat().st_size
+    done = pack_command(project, "WIDTH=12")
+    (project / "train_gpt.py").write_text(source.replace("'a': 1", "'c': 1"))
+    done = pack_command(project, "WIDTH=12")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "used_rows: CODECS has no row 'a'\n")
+
+
 # ---- command line
 
 
@@ -557,3 +1106,68 @@ def test_the_real_file_packs_and_its_import_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120)
     assert (done.stdout, done.returncode) == ("{} 20240520\n", 0), done.stderr
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The readable train_gpt.py as a module, where it says which rows it needs."""
+    train_gpt = pytest.importorskip("train_gpt")
+    if not hasattr(train_gpt, "used_rows"):
+        pytest.skip("train_gpt.py has no used_rows yet, so nothing of it is pruned")
+    return train_gpt
+
+
+def load_packed(data, folder):
+    """The module of a packed file."""
+    path = folder / "packed" / "train_gpt.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    spec = importlib.util.spec_from_file_location("packed_train_gpt", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("overlay", ["", "tiny"])
+def test_every_system_resolves_and_plans_as_the_readable_file_does(real, tmp_path, overlay):
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    for preset in real.PRESETS:
+        config = real.load_config([f"PRESET={preset}", f"OVERLAY={overlay}"], {}, gpus=0)
+        data = pack.pack_source(source, real.baked(config), "x", real.used_rows(config))
+        assert len(data) <= 48_000, preset
+        module = load_packed(data, tmp_path)
+        again = module.load_config([], {}, gpus=0)
+        assert again.flat() == config.flat() and again.digest() == config.digest(), preset
+        assert module.plan_report(again, len(data)) == real.plan_report(config, len(data)), preset
+        assert set(module.PRESETS) == {preset}
+        assert module.help_text().count("\n") == real.help_text().count("\n")
+
+
+@pytest.mark.parametrize("preset", ["sixteen", "baseline"])
+def test_plan_of_the_packed_file_alone_is_the_readable_files(real, tmp_path, preset):
+    """Text for text, the bytes of the code among it: so the readable file packs itself with its used rows."""
+    words = [f"PRESET={preset}", "OVERLAY=tiny"]
+    clean = {name: value for name, value in os.environ.items() if name not in {*real.SETTINGS, *real.RENAMED}}
+    (tmp_path / "train_gpt.py").write_bytes(real.pack_self(real.load_config(words, {}, gpus=0)))
+    texts = []
+    for folder, more in ((ROOT, words), (tmp_path, [])):
+        done = subprocess.run([sys.executable, "train_gpt.py", "--plan", *more], cwd=folder, capture_output=True,
+                              text=True, env=clean, timeout=120)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
+
+
+def test_a_packed_file_refuses_other_systems_and_rows(real, tmp_path, capsys, monkeypatch):
+    config = real.load_config(["PRESET=baseline", "OVERLAY=", "CODEC=zlib"], {}, gpus=0)
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    module = load_packed(pack.pack_source(source, real.baked(config), "x", real.used_rows(config)), tmp_path)
+    for word in ("PRESET=sixteen", "OVERLAY=tiny"):
+        assert module.main([word, "--plan"], {}) == 2
+        assert f"{word}: the packed file was made with " in capsys.readouterr().err
+    assert list(module.CODECS) == ["zlib"]
+    monkeypatch.setattr(module, "load_config", lambda words, env: module.CODECS["brotli"])
+    assert module.main([], {}) == 2
+    assert capsys.readouterr().err == ("CODECS=brotli: not in this packed file, which was made for other settings; "
+                                       "run the readable train_gpt.py\n")

@@ -1,4 +1,5 @@
-"""The picture draws the valid history of a run; the yardsticks compress exactly the validation text."""
+"""The picture draws the valid history of a run; the yardsticks compress exactly the validation text; the benchmarks
+make their tables from small inputs."""
 
 import gzip
 import hashlib
@@ -6,6 +7,7 @@ import io
 import json
 import lzma
 import math
+import os
 import random
 import struct
 import subprocess
@@ -17,8 +19,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import zstandard
+from conftest import small_words
 
-from tools import plot, yardsticks
+import train_gpt
+from tools import bench, plot, yardsticks
 
 ROOT = Path(__file__).resolve().parent.parent
 WIKITEXT = ROOT / "data" / "datasets" / "wikitext2_sp2048"
@@ -209,19 +213,36 @@ def test_not_a_number_is_left_out_and_smoothing_keeps_a_constant():
     assert plot.smooth(line).y[:480] == pytest.approx(line.y[:480])  # no delay
 
 
-def test_bytes_by_group_sum_to_the_total():
-    def tensor(name, role, size):
-        return {"event": "tensor", "name": name, "role": role, "bytes": size}
-    events = [tensor(f"blocks.{b}.{kind}", "matrix", 100 + b) for b in range(3) for kind in ("q", "mlp.up.weight")]
-    events += [tensor("embedding", "embedding", 999), tensor("embedding", "embedding", 1000)]  # written twice
-    result = {"artifact": {"model_bytes": 1706, "code_bytes": 50, "total_bytes": 1756, "limit_bytes": 2000}}
-    parts, total = plot.byte_parts(events, result)
-    assert parts == [("embedding", "embedding", 1000), ("matrix · q  ×3", "matrix", 303),
-                     ("matrix · up  ×3", "matrix", 303), ("container", "", 100), ("code", "", 50)]
-    assert total == sum(size for *_, size in parts) == 1756
-    many = [tensor(f"part_{chr(97 + i)}{chr(97 + i)}", "gain", i + 1) for i in range(20)]
-    parts, total = plot.byte_parts(many, {})
-    assert len(parts) == plot.MOST_BARS + 1 and total == 210 and parts[-1] == ("6 smaller tensors", "", 21)
+def tensor_event(name, role="matrix", size=100.0, **more):
+    return {"event": "tensor", "name": name, "role": role, "format": "int6", "solver": "gptq", "codec": "context",
+            "weights": 200, "bytes": size, "scale_bytes": 0.0, "error": 0.1, "hessian_error": None, "cost": None,
+            "visits": None, **more}
+
+
+def test_bytes_by_part_sum_to_the_total():
+    events = [tensor_event(f"blocks.{block}.{name}.weight", size=100 + block, scale_bytes=2.0, cost=0.25)
+              for block in range(3) for name in ("mixer.q", "mlp.up")]
+    events += [tensor_event("tok_emb", "embedding", size) for size in (999, 1000)]  # written twice
+    events += [tensor_event("blocks.0.resid_mix", "gain", 30)]
+    result = {"artifact": {"model_bytes": 1736, "code_bytes": 50, "total_bytes": 1786, "limit_bytes": 2000}}
+    parts, tensors, total = plot.byte_parts(events, result)
+    assert [(part.label, part.kind, part.bytes, part.weights, part.cost) for part in parts] == [
+        ("embedding", "embedding", 1000, 200, None), ("q  ×3", "attention", 297, 600, 0.75),
+        ("up  ×3", "feed-forward", 297, 600, 0.75), ("gain", "gains", 30, 200, None),
+        ("scales", "", 12, 1200, None), ("header", "", 100, 0, None), ("code", "", 50, 0, None)]
+    assert (parts[1].bits, parts[1].millinats, parts[0].millinats, parts[5].bits) == ("3.96", "750.00", "", "")
+    assert [part.label for part in tensors[:3]] == ["0 q", "0 up", "1 q"] and len(tensors) == 8
+    assert total == sum(part.bytes for part in parts) == 1786
+    many = [tensor_event(f"part_{chr(97 + i)}{chr(97 + i)}", size=i + 1) for i in range(20)]
+    parts, _, total = plot.byte_parts(many, {})
+    assert len(parts) == plot.MOST_BARS + 1 and total == 210
+    assert (parts[-1].label, parts[-1].bytes) == ("6 smaller parts", 21)
+
+
+def test_events_of_older_runs_have_parts_too():
+    event = {"event": "tensor", "name": "blocks.0.q", "role": "matrix", "bytes": 10}
+    parts, tensors, total = plot.byte_parts([event], {})
+    assert ([part.label for part in parts], len(tensors), total) == (["q"], 1, 10)
 
 
 def test_labels_never_touch_and_stay_near():
@@ -314,3 +335,159 @@ def test_unwritable_picture_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "file" / "x.png")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("cost", [0.002, None])
+def test_the_picture_prices_every_tensor(tmp_path, trained, cost):
+    events = [step_event(i, 3.0, float(i)) for i in range(1, 9)] * trained
+    events += [tensor_event(f"blocks.{block}.mlp.{name}.weight", cost=cost, error=0.1 + block / 100)
+               for block in range(20) for name in ("up", "down")]
+    events += [tensor_event("skips.0_3.gate", "gate", error=0.001)]
+    config = {"settings": {"RUN_ID": "two", "FROM": "" if trained else "runs/one"}}
+    result = {"artifact": {"model_bytes": 4200, "code_bytes": 5, "total_bytes": 4205}, "scores": {"x": {"val_bpb": 2}}}
+    write_run(tmp_path, events, config, result)
+    assert plot.main([str(tmp_path)]) == 0
+    assert png_size(tmp_path / "curve.png") == (1600, 1200)
+    figure = plot.draw(plot.prepare(events, config, result))
+    assert figure.get_suptitle() == "two" + "   from runs/one" * (not trained)
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    texts = {text.get_text() for text in panels["Artifact: 4,205 bytes"].texts}
+    assert {"4.00", "2,000  (47.6%)"} <= texts and ("40.00" in texts) == (cost is not None)
+    ours = [title for title in panels if "ensor's quantization" in title]
+    assert ("Loss" in panels) == trained and len(ours) == (not trained)
+    if not trained:
+        assert ours[0].endswith(f"(the largest {plot.MOST_TENSORS})") and ("costs" in ours[0]) == (cost is not None)
+        texts = [text.get_text() for text in panels[ours[0]].texts]
+        assert texts[0] == ("2" if cost else "0.29") and texts.count("int6") == plot.MOST_TENSORS
+        labels = [label.get_text() for label in panels[ours[0]].get_yticklabels()]
+        assert labels[:2] == (["0 up", "0 down"] if cost else ["19 up", "19 down"])
+
+
+# ---- the benchmarks
+
+
+@pytest.fixture(scope="module")
+def finished(mini, tmp_path_factory):
+    """A small finished run."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert train_gpt.main(small_words(mini, runs, PRESET="baseline", RUN_ID="one", ITERATIONS=4, EVAL="contiguous",
+                                      STAGES="train,write,evaluate"), {}) == 0
+    return runs / "one"
+
+
+def tables(capsys, folder, *words, code=0):
+    """The tables of one benchmark by title, as its JSON file has them, and what it said on standard error."""
+    out = folder / "tables.json"
+    assert bench.main([*map(str, words), "--json", str(out)]) == code
+    said, found = capsys.readouterr(), json.loads(out.read_text())
+    assert {"cpu", "cores", "torch"} <= set(found["machine"]) and f"torch {found['machine']['torch']}" in said.out
+    for table in found["tables"]:
+        assert f"\n{table['title']}\n" in said.out
+    return {table["title"].split(":")[0]: table["rows"] for table in found["tables"]}, said.err
+
+
+@pytest.mark.parametrize(("words", "start"), [
+    ([], "bench : must be followed by one of gptq, codec"), (["nothing"], "bench nothing: must be"),
+    (["gptq", "REPEATS=0"], "REPEATS=0: must be a whole number"), (["gptq", "REPEATS=x"], "REPEATS=x: must be a whole"),
+    (["gptq", "runs/x"], "runs/x: bench gptq takes no run folder"), (["gptq", "--fast"], "--fast: must be one of"),
+    (["gptq", "CODEC=zlib"], "CODEC=zlib: must be one of REPEATS"), (["gptq", "--json"], "--json .: must be"),
+    (["gptq", "--json", "no/such/x.json"], "--json no/such/x.json: must be"),
+    (["codec", "PARTS=run,typo"], "PARTS=run,typo: must be some of gaussian"),
+    (["codec", "CODEC=arj"], "CODEC=arj: must be some of range"), (["codec", "SHARE=1.5"], "SHARE=1.5: must be above"),
+    (["codec", "no/run"], "no/run: must be a run folder"), (["formats", "ROWS=int9"], "ROWS=int9: must be some of"),
+    (["formats", "TERNARY=2"], "TERNARY=2: must be 0 or 1"), (["formats", "MODEL_DIMS=3"], "MODEL_DIMS=3: must be one"),
+    (["fit", "CAPS=0.5,0"], "CAPS=0.5,0: must be above 0"), (["fit"], "runs: no finished run"),
+])
+def test_wrong_words_of_a_benchmark_are_one_line(tmp_path, monkeypatch, capsys, words, start):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(start) and said.err.count("\n") == 1 and "Traceback" not in said.out
+    assert said.out.count("\n") <= 1  # at most the line that names the machine
+
+
+def test_the_newest_finished_run_without_qat_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, (name, settings, result) in enumerate([
+            ("qat", {"QAT_START": 0.5}, {"train": {}}), ("stopped", {}, {}), ("new", {}, {"train": {}}),
+            ("old", {"QAT_START": 1.0}, {"train": {}}), ("damaged", None, {"train": {}})]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write_run(tmp_path / "runs" / name, [], {"settings": settings}, result)
+        (tmp_path / "runs" / name / "checkpoint.pt").touch()
+        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (1e9 - age, 1e9 - age))
+    assert bench.newest_run() == Path("runs/new")
+
+
+def test_bench_gptq(tmp_path, capsys):
+    errors, seconds = tables(capsys, tmp_path, "gptq", "REPEATS=1")[0].values()
+    assert len(errors) == 9 and [row["weight"] for row in seconds] == ["512x512", "2048x512", "512x2048"]
+    for row in errors:
+        low, high = {"0.9": (0.15, 0.27), "0.8": (0.3, 0.43), "diagonal": (1, 1)}[row["inputs: AR(1) rho"]]
+        assert low <= row["least"] <= row["median"] <= row["most"] <= high
+
+
+def test_bench_codec(finished, tmp_path, capsys, monkeypatch):
+    real = train_gpt.codec_there
+    monkeypatch.setattr(train_gpt, "codec_there", lambda name: name != "lrzip" and real(name))
+    found, _ = tables(capsys, tmp_path, "codec", finished, "CODEC=range,context,zlib,lrzip", "SHARE=0.01", "REPEATS=1")
+    gaussian, *runs, speed, ternary = found.values()
+    assert [row["coder"] for row in gaussian] == ["ideal code length", "range", "context"]
+    assert all(row["bits a symbol"] == pytest.approx(gaussian[0]["bits a symbol"], rel=0.01) for row in gaussian)
+    assert len(runs) == 3
+    for rows in runs:
+        sizes = {(row["coder"], row["order"]): row for row in rows}
+        assert list(sizes)[:4] == [("order-0 entropy a tensor", ""), ("range", ""), ("context", ""), ("zlib", "rows")]
+        assert sizes["lrzip", "not installed"]["bytes"] is None
+        assert min(row["over rival"] for row in rows if row["coder"] == "zlib") == 0
+    assert {row["coder"] for row in speed} == {"range", "context"} and len(speed) == 6
+    assert [row["latents, scale"] for row in ternary] == [f"Gaussian, {name}" for name in ("absmean", "rms", "nonzero")]
+    assert all(1.5 < row["bits a trit"] < 1.65 and 2 < row["bits a scale"] < 8 for row in ternary)
+
+
+def test_bench_formats(finished, tmp_path, capsys):
+    found, said = tables(capsys, tmp_path, "formats", finished, finished, "ROWS=int8-gptq", "TERNARY=1", "CODEC=zlib",
+                         "THREADS=1")
+    rows = {row["row"]: row for row in next(iter(found.values()))}
+    assert list(rows) == ["float", "int8", "int8-gptq", "ternary-qat", str(finished)]
+    assert [line.split(":")[0] for line in said.splitlines()] == ["int8", "int8-gptq", "ternary-qat", "other-0"]
+    bits = [row["bits a weight"] for row in rows.values()]
+    assert bits[0] == 32 > 9 > bits[1] == bits[4] > bits[3] and bits[1] != bits[2] > bits[3]
+    assert rows["float"]["BPB"] == json.loads((finished / "result.json").read_text())["scores"]["float"]["val_bpb"]
+    assert all(row["loss"] == pytest.approx(row["BPB"] - rows["float"]["BPB"]) for row in rows.values())
+    assert rows["int8"]["over nearest"] is rows["ternary-qat"]["over nearest"] is None
+    assert rows["int8-gptq"]["s calibrate"] > 0 == rows["int8"]["s calibrate"]
+
+
+def test_bench_fit(finished, tmp_path, capsys):
+    (rows,) = tables(capsys, tmp_path, "fit", finished, "CAPS=0.8", "CODEC=zlib", "THREADS=1")[0].values()
+    (row,) = rows
+    assert row["within 4,000"] == "yes" and row["unused"] == row["cap"] - row["model"] - row["code"]
+    assert row["cap"] - row["code"] == pytest.approx(0.8 * row["int8 model"], abs=200) and row["steps times"] > 1
+
+
+def test_a_launch_that_fails_leaves_the_other_rows(finished, tmp_path, capsys, monkeypatch):
+    def played(self, name, folder, words, needed=False):
+        if name in failing:
+            self.faults.append(f"{name}: exit code 3: too large")
+            return self.close() if needed else {}
+        score = {"val_bpb": 1.5 if "gptq" in name else 2.0}
+        return {"scores": {"float": {"val_bpb": 1.0}, "contiguous": score}, "train": {"calibrate_seconds": 1.0},
+                "artifact": {"model_bytes": 100, "bits_per_weight": 8.0, "write_seconds": 1.0}}
+
+    monkeypatch.setattr(bench.Launches, "run", played)
+    failing = {"int5", "int4-gptq"}
+    found, said = tables(capsys, tmp_path, "formats", finished, "ROWS=int[456]*", code=2)
+    rows = {row["row"]: row["over nearest"] for row in next(iter(found.values()))}
+    assert said.splitlines() == ["int5: exit code 3: too large", "int4-gptq: exit code 3: too large"]
+    assert rows["int6-gptq-lqer"] == 0.5 and rows["int5-gptq"] is None and failing.isdisjoint(rows)
+    failing = {"int8"}
+    found, said = tables(capsys, tmp_path, "formats", finished, code=2)
+    assert (found, said) == ({}, "int8: exit code 3: too large\n")
+
+
+def test_a_failed_launch_is_one_line(finished, tmp_path):
+    launches = bench.Launches(str(tmp_path), ["NO_SUCH=1"])
+    assert launches.run("x", finished, []) == {}
+    with pytest.raises(bench.BenchError, match=r"^x: exit code 2: NO_SUCH=1: not a setting"):
+        launches.close()

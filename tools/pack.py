@@ -2,14 +2,23 @@
 
     python tools/pack.py NAME=value ... [--out FILE]
 
-The configuration is resolved exactly as training resolves it and becomes the packed file's defaults.
-Comments, docstrings and annotations that nothing reads are dropped, the rest is compressed and embedded as
-one latin-1 string literal, which costs about 2 % where base85 would cost 25 %. Standard output holds the
-path of the packed file and nothing else; the sizes go to standard error.
+The configuration is resolved exactly as training resolves it and becomes the packed file's defaults. What
+this configuration cannot reach is dropped, then comments, docstrings and annotations that nothing reads; the
+rest is compressed and embedded as one latin-1 string literal, which costs about 2 % where base85 would cost
+25 %. Standard output holds the path of the packed file and nothing else; sizes and what was dropped go to
+standard error.
 
 A packed file is six lines: where it came from, the encoding, the payload, `linecache` (so that tracebacks,
 `inspect.getsource` and Triton see the embedded source), tracebacks that read `linecache`, and the execution
 in the module's own globals. `unpack_source` gives the embedded source back without running anything.
+
+What train_gpt.py must have:
+- one top-level line `BAKED: dict[str, object] = {}`; the packed file has the recipe there;
+- for pruning, a function `used_rows(config) -> dict[str, set[str]]`: table -> the rows this configuration can
+  reach. Each named table is one top-level dict literal with string keys; a `**` part of it stays whole, and
+  so does a table that is not named. Without `used_rows` nothing is pruned;
+- for pruning, a top-level class `ConfigError(message)` above those tables: looking a dropped row up raises
+  it (see PRUNED_ROWS), and `main` turns it into exit code 2.
 """
 
 from __future__ import annotations
@@ -17,11 +26,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import io
 import lzma
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -45,6 +56,33 @@ SIGNATURE_READERS = {
 SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 ANNOTATION_READERS = {"__annotations__", "get_annotations", "get_type_hints"}
 
+# Tables whose rows hold settings by name. A packed file has the recipe in BAKED, which wins over them.
+SETTINGS_TABLES = ("PRESETS", "OVERLAYS")
+# Put around a table that lost rows, so that looking one of them up explains itself.
+PRUNED_ROWS = """
+class PrunedRows(dict):
+    def __init__(self, table, rows):
+        super().__init__(rows)
+        self.table = table
+    def __missing__(self, row):
+        raise ConfigError(f"{self.table}={row}: not in this packed file, which was made for other settings; "
+                          "run the readable train_gpt.py")
+"""
+# Decorators besides PLAIN_DECORATORS that only make something of what they decorate: unused, it may go.
+INERT_DECORATORS = PLAIN_DECORATORS | {"autotune", "dataclass", "heuristics", "jit", "total_ordering"}
+# Calls that only make a value; an assignment with any other call may be there for what it does, and stays.
+INERT_CALLS = {
+    "bool", "bytes", "dataclasses.field", "dict", "field", "float", "frozenset", "functools.partial", "int", "len",
+    "list", "max", "min", "partial", "range", "re.compile", "set", "sorted", "str", "struct.calcsize", "sum", "tuple",
+    "zip",
+}
+# Statements and parts of them that bind a name without having it as a Name.
+BINDERS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.ExceptHandler,
+           ast.Global, ast.Nonlocal, ast.MatchAs, ast.MatchStar, ast.MatchMapping)
+# Ways to find a definition of this file without naming it: where one of them is used, every definition stays.
+REFLECTION_ATTRIBUTES = {"__globals__", "getmodule"}  # and sys.modules
+REFLECTION_NAMES = {"__import__", "__name__", "eval", "exec", "globals"}
+
 BANNER = re.compile(r"# ={4} (\d\d) ([A-Z][A-Z ]*?) =*\s*$")
 # What Python itself takes for an encoding cookie in the first two lines.
 COOKIE = re.compile(r"^[ \t\f]*#.*?coding[:=][ \t]*([-_.a-zA-Z0-9]+)")
@@ -64,37 +102,56 @@ class PackError(ValueError):
     """The source cannot be packed, or the bytes are not a packed file; the message is one clear line."""
 
 
+class Stripped(NamedTuple):
+    """What is left of a source: its text, the line in the source of each of its top-level statements, and for a
+    person one line a pruned table, the names that were dropped, and one line for each thing that had to stay."""
+
+    text: str
+    rows: list[int]
+    tables: list[str]
+    dropped: list[str]
+    notes: list[str]
+
+
 class Packed(NamedTuple):
-    """A packed file (`data`), the parts it was made from, and one line for each thing that had to be kept."""
+    """A packed file (`data`), the embedded source, its compressed form, and how the source was made."""
 
     data: bytes
     source: str
     compressed: bytes
-    notes: list[str]
+    stripped: Stripped
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each thing that had to be kept."""
+        return self.stripped.notes
 
 
-def pack_source(source: str, baked: dict[str, object], provenance: str) -> bytes:
+def pack_source(source: str, baked: dict[str, object], provenance: str,
+                used: dict[str, set[str]] | None = None) -> bytes:
     """Returns the packed file of `source` with `baked` as its configuration; same input, same bytes.
 
-    `provenance` becomes the first line. Raises PackError where the source lacks its one `BAKED` line, a
-    baked value is not plain data, or the provenance is not one ASCII line.
+    `provenance` becomes the first line. `used` names the rows of tables that stay, and with them what they need;
+    None or empty prunes nothing. Raises PackError where the source lacks its one `BAKED` line, a baked value is
+    not plain data, `used` does not fit the source, or the provenance is not one ASCII line.
     """
-    return pack(source, baked, provenance).data
+    return pack(source, baked, provenance, used).data
 
 
-def pack(source: str, baked: dict[str, object], provenance: str) -> Packed:
+def pack(source: str, baked: dict[str, object], provenance: str,
+         used: dict[str, set[str]] | None = None) -> Packed:
     """Returns the packed file with its intermediate forms, for the size report; see `pack_source`."""
     first_line = f"# {provenance}"
     if not provenance.isascii() or not provenance.isprintable() or COOKIE.match(first_line):
         raise PackError("provenance must be one line of printable ASCII that is not an encoding cookie")
-    text, notes = strip_source(source, baked)
-    embedded = "\n" * STUB_LINES + text
+    stripped = shrink_source(source, baked, used)
+    embedded = "\n" * STUB_LINES + stripped.text
     compressed = compress(embedded.encode())
     head = STUB_HEAD.format(provenance=first_line)
     data = (head + escape_latin1(compressed) + STUB_TAIL).encode("latin-1")
     if unpack_source(data) != embedded:
         raise AssertionError("the packed file does not give its own source back")
-    return Packed(data, embedded, compressed, notes)
+    return Packed(data, embedded, compressed, stripped)
 
 
 def unpack_source(packed: bytes) -> str:
@@ -136,21 +193,20 @@ def escape_latin1(data: bytes) -> str:
 
 
 def compress(data: bytes) -> bytes:
-    """Returns the smallest LZMA stream over a few literal-coder settings.
+    """Returns the LZMA stream whose literal is shortest, over a few settings of the coder and of its search.
 
     The old one-stream container is used because `lzma.decompress` recognises it without being told a
     filter, and it carries 13 bytes of header where xz has some 60 of header, index and check.
     """
-    streams = []
-    for literal_context_bits in (2, 3, 4):
-        streams.append(_lzma(data, literal_context_bits))
-    return min(streams, key=len)
+    streams = [_lzma(data, 3, nice) for nice in (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 273)]
+    streams += [_lzma(data, context) for context in (2, 4)]
+    return min(streams, key=lambda stream: len(escape_latin1(stream)))
 
 
-def _lzma(data: bytes, literal_context_bits: int) -> bytes:
+def _lzma(data: bytes, literal_context_bits: int, nice_len: int = 273) -> bytes:
     """Returns the LZMA stream of `data`; source text has no alignment, hence no position bits."""
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 20,
-                "lc": literal_context_bits, "lp": 0, "pb": 0, "nice_len": 273}]
+                "lc": literal_context_bits, "lp": 0, "pb": 0, "nice_len": nice_len}]
     return lzma.compress(data, format=lzma.FORMAT_ALONE, filters=filters)
 
 
@@ -166,19 +222,37 @@ def strip_source(source: str, baked: dict[str, object]) -> tuple[str, list[str]]
     syntax tree is compared with the intended one before it is returned, so a wrong indent or a mangled
     string cannot get through.
     """
+    stripped = shrink_source(source, baked, None)
+    return stripped.text, stripped.notes
+
+
+def shrink_source(source: str, baked: dict[str, object], used: dict[str, set[str]] | None) -> Stripped:
+    """Returns `source` stripped (see `strip_source`) and, where `used` is given, pruned (see Pruning)."""
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise PackError(f"train_gpt.py line {error.lineno}: {error.msg}") from error
     _bake(tree, baked)
+    tables: list[str] = []
+    dropped: list[str] = []
+    named = _names(tree)
+    if used:
+        tables = _prune_tables(tree, used, baked)
+        tree = _Fold(tree, baked).visit(tree)
+        _drop_help_texts(tree)
     stripper = _Stripper(tree)
-    tree = ast.fix_missing_locations(stripper.visit(tree))
+    tree = stripper.visit(tree)
+    if used and not stripper.keep_annotations:  # what reads annotations may find types by their quoted names
+        _drop_field_types(tree)
+        dropped = _drop_unreached(tree, named, stripper.notes)
+    tree = ast.fix_missing_locations(tree)
     text = _reindent(ast.unparse(tree))
+    text = _close_gaps(_open_tuples(text)) if used else text
     if ast.dump(ast.parse(text)) != ast.dump(tree):
         raise AssertionError("stripping changed the program")
     if text.splitlines() != text.split("\n")[:-1]:
         raise PackError("a form feed or an exotic line separator stands in the source; write it as an escape")
-    return text, stripper.notes
+    return Stripped(text, [node.lineno for node in tree.body], tables, dropped, stripper.notes)
 
 
 def _bake(tree: ast.Module, baked: dict[str, object]) -> None:
@@ -331,6 +405,349 @@ def _reindent(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _open_tuples(text: str) -> str:
+    """Returns the text with `return a, b` and `x = a, b` for the tuples that `ast.unparse` puts into parentheses."""
+    lines = text.split("\n")
+    for node in ast.walk(ast.parse(text)):
+        value = getattr(node, "value", None) if isinstance(node, (ast.Assign, ast.Return)) else None
+        if isinstance(value, ast.Tuple) and value.elts and value.lineno == value.end_lineno:
+            line = lines[value.lineno - 1].encode()
+            inside = line[value.col_offset + 1:value.end_col_offset - 1]
+            if line[value.col_offset:value.col_offset + 1] == b"(":
+                lines[value.lineno - 1] = (line[:value.col_offset] + inside).decode()
+    return "\n".join(lines)
+
+
+def _close_gaps(text: str) -> str:
+    """Returns the text without the spaces and empty lines that Python does not need; indents and strings stay."""
+    lines = text.split("\n")
+    cuts: list[tuple[int, int, int]] = []  # row, from column, to column
+    before: tokenize.TokenInfo | None = None
+    in_fstring = 0  # since Python 3.12 an f-string is several tokens, whose columns are not always right
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        name = tokenize.tok_name[token.type]
+        in_fstring += (name == "FSTRING_START") - (name == "FSTRING_END")
+        if token.type == tokenize.NL and not token.line.strip():
+            cuts.append((token.start[0], 0, -1))
+        same_row = before is not None and before.end[0] == token.start[0] and not in_fstring
+        if same_row and before.end[1] < token.start[1] and not _must_be_apart(before, token):
+            cuts.append((token.start[0], before.end[1], token.start[1]))
+        before = token
+    for row, start, stop in reversed(cuts):
+        line = lines[row - 1]
+        lines[row - 1] = None if stop < 0 else line[:start] + line[stop:]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _must_be_apart(left: tokenize.TokenInfo, right: tokenize.TokenInfo) -> bool:
+    """True where two tokens would become another one, or a number in front of a word, without a space."""
+    if left.type == tokenize.NUMBER:
+        return right.string[0].isalnum() or right.string[0] in "._"
+    words = (tokenize.NAME, tokenize.NUMBER)
+    prefix = right.type == tokenize.STRING or tokenize.tok_name[right.type] == "FSTRING_START"
+    return left.type == tokenize.NAME and (right.type in words or prefix)
+
+
+# ---- Pruning
+# Everything here happens only where `used` is given. Dropped are the rows of tables that it does not name; settings
+# of presets and overlays that BAKED holds; branches that only the readable file takes (`if not BAKED`); help texts;
+# field types of NamedTuples; and then every definition and import that nothing reaches any more.
+
+
+def _prune_tables(tree: ast.Module, used: dict[str, set[str]], baked: dict[str, object]) -> list[str]:
+    """Drops the rows that `used` does not name; returns one line a table for a person."""
+    report = []
+    pruned = False
+    for table in sorted(used):
+        places = [node for node in tree.body if table in _bound(node)]
+        literal = getattr(places[0], "value", None) if len(places) == 1 else None
+        if not isinstance(literal, ast.Dict) or not all(key is None or _is_text(key) for key in literal.keys):
+            raise PackError(f"used_rows: {table} must be one top-level dict literal whose keys are strings")
+        rows = [(key and key.value, key, row) for key, row in zip(literal.keys, literal.values, strict=True)]
+        unknown = sorted(set(used[table]) - {name for name, _, _ in rows})
+        # What a `**` part holds is not known here; a name may be one of its rows.
+        if unknown and None not in literal.keys:
+            raise PackError(f"used_rows: {table} has no row {', '.join(map(repr, unknown))}")
+        kept = [row for row in rows if row[0] is None or row[0] in used[table]]
+        dropped = [name for name, _, _ in rows if name is not None and name not in used[table]]
+        literal.keys, literal.values = [key for _, key, _ in kept], [row for _, _, row in kept]
+        if dropped:
+            places[0].value = ast.Call(ast.Name("PrunedRows", ast.Load()), [ast.Constant(table), literal], [])
+            pruned = True
+        names = ", ".join(name or "all computed rows" for name, _, _ in kept)
+        report.append(f"{table}: kept {names or 'nothing'}; dropped {', '.join(dropped) or 'nothing'}")
+        if table in SETTINGS_TABLES:
+            for row in literal.values:
+                _drop_keys(row, set(baked))
+    if pruned:
+        _add_pruned_rows(tree)
+    return report
+
+
+def _drop_keys(node: ast.AST, names: set[str]) -> None:
+    """Drops the entries with these keys from every dict literal in `node`."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Dict):
+            kept = [(key, value) for key, value in zip(part.keys, part.values, strict=True)
+                    if not (_is_text(key) and key.value in names)]
+            part.keys, part.values = [key for key, _ in kept], [value for _, value in kept]
+
+
+def _add_pruned_rows(tree: ast.Module) -> None:
+    """Puts the class PrunedRows behind ConfigError, which it raises."""
+    places = [i for i, node in enumerate(tree.body) if isinstance(node, ast.ClassDef) and node.name == "ConfigError"]
+    first_use = min(i for i, node in enumerate(tree.body) if "PrunedRows" in _names(node))
+    if len(places) != 1 or places[0] > first_use or any("PrunedRows" in _bound(node) for node in tree.body):
+        raise PackError("pruning needs one top-level class ConfigError above the tables, and the name PrunedRows free")
+    made = ast.parse(PRUNED_ROWS).body[0]
+    made.lineno = tree.body[places[0]].lineno
+    tree.body.insert(places[0] + 1, made)
+
+
+class _Fold(ast.NodeTransformer):
+    """Replaces branches on BAKED by the one that is taken, where BAKED is not empty and nothing changes it."""
+
+    def __init__(self, tree: ast.Module, baked: dict[str, object]) -> None:
+        changes = 0
+        for node in ast.walk(tree):
+            inside = getattr(getattr(node, "value", None), "id", "") == "BAKED"
+            changes += getattr(node, "id", "") == "BAKED" and not isinstance(node.ctx, ast.Load)
+            changes += isinstance(node, ast.Subscript) and inside and not isinstance(node.ctx, ast.Load)
+            changes += isinstance(node, ast.Attribute) and inside and node.attr in (
+                "clear", "pop", "popitem", "setdefault", "update")
+            changes += isinstance(node, ast.arg) and node.arg == "BAKED"
+        self.known = bool(baked) and changes == 1  # the one assignment
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Visits the children, then drops what stands behind a branch that is always taken and leaves."""
+        super().generic_visit(node)
+        for name in ("body", "orelse", "finalbody"):
+            statements = getattr(node, name, None)
+            ends = [i for i, item in enumerate(statements, 1) if hasattr(item, "ends_here")] if isinstance(
+                statements, list) else []
+            # A name that is bound back there, or a yield, says something about the whole function.
+            if ends and not any(isinstance(part, (ast.Yield, ast.YieldFrom)) or not isinstance(
+                    getattr(part, "ctx", ast.Load()), ast.Load) or isinstance(part, BINDERS)
+                    for item in statements[ends[0]:] for part in ast.walk(item)):
+                del statements[ends[0]:]
+        return node
+
+    def _truth(self, node: ast.expr) -> bool | None:
+        """What an expression is as a condition; None where that is not known."""
+        if isinstance(node, ast.Name) and node.id == "BAKED" and self.known:
+            return True
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            inner = self._truth(node.operand)
+            return None if inner is None else not inner
+        if isinstance(node, ast.BoolOp):
+            decisive = isinstance(node.op, ast.Or)
+            known = True
+            for item in node.values:
+                truth = self._truth(item)
+                if truth is decisive:
+                    return decisive
+                known = known and truth is not None
+                if truth is None and not all(isinstance(part, (ast.Name, ast.Attribute, ast.Load))
+                                             for part in ast.walk(item)):
+                    return None  # it is evaluated first, and may do something
+            return not decisive if known else None
+        return None
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        """The statements of the branch that is taken, or the statement itself."""
+        truth = self._truth(node.test)
+        node = self.generic_visit(node)
+        if truth is None:
+            return node
+        taken = (node.body if truth else node.orelse) or [ast.copy_location(ast.Pass(), node)]
+        if isinstance(taken[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+            taken[-1].ends_here = True
+        return taken
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        """The operand that is taken, or the expression itself."""
+        truth = self._truth(node.test)
+        node = self.generic_visit(node)
+        return node if truth is None else node.body if truth else node.orelse
+
+
+def _drop_help_texts(tree: ast.Module) -> None:
+    """Empties the argument `text` in calls of a top-level function `setting(..., text, ...)`; --help then shows names,
+    defaults, units and choices."""
+    for maker in [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "setting"]:
+        names = [argument.arg for argument in maker.args.args]
+        place = names.index("text") if "text" in names else len(names)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting":
+                for text in [*node.args[place:place + 1], *(k.value for k in node.keywords if k.arg == "text")]:
+                    if _is_text(text):
+                        text.value = ""
+
+
+def _drop_field_types(tree: ast.Module) -> None:
+    """Makes the types of NamedTuple fields a 0: a field must have one, and nothing looks at it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and "NamedTuple" in map(_last_name, node.bases):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    field.annotation = ast.Constant(0)
+
+
+def _drop_unreached(tree: ast.Module, named: set[str], notes: list[str]) -> list[str]:
+    """Drops the top-level definitions and imports that nothing reaches from what runs; returns their names.
+
+    What runs is every top-level statement that does more than bind names (`_is_inert`). `named` are the names
+    in the whole source: an import that even it does not name is there for what it does, and stays.
+    """
+    own = {name: node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))
+           for name in _bound(node)}
+    binders: dict[str, list[ast.stmt]] = {}
+    waiting = []
+    for node in tree.body:
+        for name in _bound(node):
+            binders.setdefault(name, []).append(node)
+        if not _is_inert(node, own) or any(name == "BAKED" or name.startswith("__") for name in _bound(node)):
+            waiting.append(node)
+    reached: set[int] = set()
+    used: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in reached or isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        if reader := _reflection(node):
+            notes.append(f"all definitions kept: {reader}")
+            return []
+        reached.add(id(node))
+        names = _names(node)
+        used |= names
+        waiting += [binder for name in names for binder in binders.get(name, ())]
+    kept, dropped = [], []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module == "__future__" or node.names[0].name == "*"):
+            kept.append(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            stays = [_alias_name(alias) in used or _alias_name(alias) not in named for alias in node.names]
+            dropped += [_alias_name(alias) for alias, stay in zip(node.names, stays, strict=True) if not stay]
+            node.names = [alias for alias, stay in zip(node.names, stays, strict=True) if stay]
+            kept += [node] if node.names else []
+        elif id(node) in reached:
+            kept.append(node)
+        else:
+            dropped += _bound(node)
+    tree.body = kept
+    return dropped
+
+
+def _is_text(node: ast.AST | None) -> bool:
+    """True for a string constant."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _names(node: ast.AST) -> set[str]:
+    """Returns what may name a top-level definition: names, attributes and strings. Attributes and strings never do in
+    today's file; counting them costs no byte and forgives a lookup by name."""
+    names: set[str] = set()
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Name, ast.Attribute)):
+            names.add(part.id if isinstance(part, ast.Name) else part.attr)
+        elif _is_text(part):
+            names.add(part.value)
+    return names
+
+
+def _alias_name(alias: ast.alias) -> str:
+    """Returns the name that an import binds: `b` of `a as b`, `a` of `a.b`."""
+    return alias.asname or alias.name.partition(".")[0]
+
+
+def _bound(node: ast.stmt) -> list[str]:
+    """Returns the names that a definition, an import or an assignment binds; none for other statements."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [_alias_name(alias) for alias in node.names]
+    targets = [*getattr(node, "targets", []), *filter(None, [getattr(node, "target", None)])]
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return []
+    return [part.id for target in targets for part in ast.walk(target)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+
+
+def _is_inert(node: ast.stmt, own: dict[str, ast.stmt]) -> bool:
+    """True for a statement that only binds names, so that it may go when nothing uses them. `own` are the file's
+    definitions: what they do is not known, but for calls of its NamedTuples, which only make a value."""
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)):
+        return True
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        plain = all(isinstance(part, (ast.Name, ast.Tuple, ast.Store)) for target in targets
+                    for part in ast.walk(target))
+        return plain and _is_value(node.value, own) and _is_value(getattr(node, "annotation", None), own)
+    for decorator in getattr(node, "decorator_list", []):
+        if _last_name(decorator) not in INERT_DECORATORS or _first_name(decorator) in own:
+            return False
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return _is_value(node.args, own) and _is_value(node.returns, own)
+    if isinstance(node, ast.ClassDef):
+        return not _runs_code(node, own) and all(_is_inert(part, own) or _is_bare_string(part) for part in node.body)
+    return False
+
+
+def _runs_code(node: ast.ClassDef, own: dict[str, ast.stmt]) -> bool:
+    """True where defining the class, apart from its body, runs code: metaclass, computed base, `__init_subclass__`."""
+    if node.keywords or not all(_is_value(base, own) for base in node.bases):
+        return True
+    parents = [own[name] for name in map(_last_name, node.bases) if name in own and name != node.name]
+    return any(not isinstance(parent, ast.ClassDef) or _runs_code(parent, own)
+               or any(getattr(part, "name", "") == "__init_subclass__" for part in parent.body) for parent in parents)
+
+
+def _is_value(node: ast.AST | None, own: dict[str, ast.stmt]) -> bool:
+    """True where evaluating an expression only makes a value."""
+    if isinstance(node, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
+        return False
+    if isinstance(node, ast.Call):
+        maker = own.get(_first_name(node.func))
+        if maker is None and ast.unparse(node.func) not in INERT_CALLS:
+            return False
+        if maker is not None and not (isinstance(node.func, ast.Name) and isinstance(maker, ast.ClassDef)
+                                      and "NamedTuple" in map(_last_name, maker.bases)):
+            return False
+    # The body of a lambda is not evaluated, its defaults are.
+    children = [node.args] if isinstance(node, ast.Lambda) else ast.iter_child_nodes(node) if node else []
+    return all(_is_value(child, own) for child in children)
+
+
+def _first_name(node: ast.expr) -> str:
+    """Returns `a` for `a`, `a.b`, `a.b(c).d`; "" where an expression starts with something else."""
+    while isinstance(node, (ast.Attribute, ast.Call)):
+        node = node.value if isinstance(node, ast.Attribute) else node.func
+    return getattr(node, "id", "")
+
+
+def _reflection(node: ast.stmt) -> str:
+    """Returns where and how a statement may find definitions of this file without naming them, or ""."""
+    harmless: set[int] = set()
+    for part in ast.walk(node):
+        found = False
+        if isinstance(part, ast.Compare):  # __name__ == "__main__", "x" in sys.modules
+            harmless |= {id(item) for item in [part.left, *part.comparators]}
+        elif isinstance(part, ast.Subscript) and not isinstance(part.ctx, ast.Load):  # sys.modules[name] = module
+            harmless.add(id(part.value))
+        elif isinstance(part, ast.Name):
+            found = part.id in REFLECTION_NAMES and isinstance(part.ctx, ast.Load)
+        elif isinstance(part, ast.Attribute):
+            found = part.attr in REFLECTION_ATTRIBUTES or ast.unparse(part) == "sys.modules"
+        elif isinstance(part, ast.Call):
+            found = not part.args and _last_name(part.func) in ("dir", "locals", "vars")
+        elif isinstance(part, (ast.Import, ast.ImportFrom)):
+            names = {getattr(part, "module", ""), *(alias.name for alias in part.names)}
+            found = bool(names & {"__main__", "train_gpt"}) or names >= {"sys", "modules"}
+        if found and id(part) not in harmless:
+            return f"line {part.lineno} has {ast.unparse(part)}"
+    return ""
+
+
 # ---- Size report
 
 
@@ -345,11 +762,9 @@ def section_bytes(source: str, packed: Packed) -> dict[str, int]:
         if match := BANNER.match(line):
             starts.append((row, f"{match[1]} {match[2]}"))
     names = [name for _, name in starts]
-    stripped = ast.parse(packed.source).body
-    rows = _statement_rows(source, len(stripped))
     lines = packed.source.split("\n")
     ends: dict[str, int] = {}
-    for node, row in zip(stripped, rows, strict=True):
+    for node, row in zip(ast.parse(packed.source).body, packed.stripped.rows, strict=True):
         ends[max((start, name) for start, name in starts if start <= row)[1]] = node.end_lineno
     parts: dict[str, int] = {}
     before = end = 0
@@ -364,14 +779,6 @@ def section_bytes(source: str, packed: Packed) -> dict[str, int]:
     return scaled
 
 
-def _statement_rows(source: str, count: int) -> list[int]:
-    """Returns the first line of each top-level statement that packing keeps."""
-    body = ast.parse(source).body
-    rows = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for node in body
-            if not _is_bare_string(node)]
-    return rows if len(rows) == count else [body[0].lineno, *rows]  # the module docstring was kept
-
-
 def report(source: str, packed: Packed) -> str:
     """Returns the table of sizes by part and by section, and the notes, for a person."""
     sizes = {"readable": len(source.encode()), "stripped": len(packed.source.encode()),
@@ -380,6 +787,9 @@ def report(source: str, packed: Packed) -> str:
     lines.append("packed file by section:")
     for name, size in section_bytes(source, packed).items():
         lines.append(f"  {name:<16}{size:>7,} bytes {size / len(packed.data):>6.1%}")
+    if packed.stripped.tables:
+        lines += packed.stripped.tables
+        lines.append(f"dropped because nothing reaches it: {', '.join(packed.stripped.dropped) or 'nothing'}")
     return "\n".join([*lines, *packed.notes])
 
 
@@ -461,8 +871,9 @@ def main(argv: list[str]) -> int:
     raw = (ROOT / "train_gpt.py").read_bytes()
     source = raw.decode()
     try:
-        baked = train_gpt.load_config(words, os.environ).baked()
-        packed = pack(source, baked, provenance_line(raw, ROOT))
+        config = train_gpt.load_config(words, os.environ)
+        used = train_gpt.used_rows(config) if hasattr(train_gpt, "used_rows") else None
+        packed = pack(source, train_gpt.baked(config), provenance_line(raw, ROOT), used)
     except (PackError, train_gpt.ConfigError) as error:
         print(error, file=sys.stderr)
         return 2

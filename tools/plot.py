@@ -1,9 +1,10 @@
-"""The picture of a run: loss, bits per byte, schedule, and where the artifact's bytes go.
+"""The picture of a run: loss, bits per byte, schedule, where the artifact's bytes go and what they cost the loss.
 
     python tools/plot.py RUN_FOLDER [--out curve.png]
 
 Draws what the run folder holds (events.jsonl, config.json, result.json) and says in the picture what it lacks, so a
-run that is still going, or that was killed, has a picture too. Needs nothing of train_gpt.py.
+run that is still going, or that was killed, has a picture too. A run without training (FROM) shows what each tensor's
+quantization costs in place of the curves. Needs nothing of train_gpt.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,8 @@ WIDTH_PIXELS, HEIGHT_PIXELS, DOTS_PER_INCH = 1600, 1200, 100
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
 SCORE_COLOURS = (GREEN, BLUE, PURPLE, "#9C6A00", "#004466")
-ROLE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-MOST_BARS = 14
+KIND_COLOURS = {"embedding": BLUE, "feed-forward": ORANGE, "attention": GREEN, "gains": PURPLE, "matrix": SKY, "": GREY}
+MOST_BARS, MOST_TENSORS = 14, 34
 TRAINING_TIME = "training time (seconds)"
 
 
@@ -44,6 +44,34 @@ class Curve:
 
 
 @dataclass
+class Part:
+    """A part of the artifact, one tensor or several: where its bytes go and what its quantization costs.
+
+    `kind` colours it ("" is neither weights nor gains), `weights` is what its bytes are spread over (0: nothing),
+    `cost` is in nats a token, None where calibration saw nothing of it; `error` is relative, `format` and `error` are
+    those of a single tensor.
+    """
+
+    label: str
+    kind: str
+    bytes: float
+    weights: int = 0
+    cost: float | None = None
+    error: float | None = None
+    format: str = ""
+
+    @property
+    def bits(self) -> str:
+        """Bits per weight as text, empty where there are no weights."""
+        return f"{8 * self.bytes / self.weights:.2f}" if self.weights else ""
+
+    @property
+    def millinats(self) -> str:
+        """The cost as text, empty where nothing is known."""
+        return "" if self.cost is None else f"{1000 * self.cost:.2f}"
+
+
+@dataclass
 class Series:
     """Everything that is drawn, free of files and of matplotlib."""
 
@@ -57,7 +85,8 @@ class Series:
     resumes: list[float]
     scores: dict[str, float]
     yardsticks: dict[str, float]
-    parts: list[tuple[str, str, int]]
+    parts: list[Part]
+    tensors: list[Part]
     total_bytes: int
     limit_bytes: int | None
     notes: list[str]
@@ -131,40 +160,56 @@ def smooth(curve: Curve) -> Curve:
     return out
 
 
-def tensor_kind(name: str, role: str) -> str:
-    """Returns what a tensor is, whatever its block: `blocks.3.attention.q.weight` -> `q`."""
-    parts = [part for part in name.split(".") if not re.fullmatch(r"[\d_]+|weight|blocks", part)]
-    kind = re.sub(r"[_\d]+$", "", parts[-1]) if parts else ""
-    return kind or role
+MODULES = {"mixer": "attention", "mlp": "feed-forward"}  # part of a matrix's name -> its kind
 
 
-def byte_parts(events: list[dict], result: dict) -> tuple[list[tuple[str, str, int]], int]:
-    """Returns (label, role, bytes) by falling size, code and container last, and the total of all bytes.
+def tensor_part(event: dict) -> Part:
+    """Returns one tensor as a part: `blocks.3.mlp.up.weight` is `3 up`, a feed-forward; other roles keep their name."""
+    words = [word for word in event["name"].split(".") if word not in ("blocks", "weight")]
+    kind = next((MODULES[word] for word in words if word in MODULES), event["role"])
+    if event["role"] == "matrix":
+        label = " ".join([word for word in words[:-1] if word.isdigit()] + words[-1:])
+    elif event["role"] == "embedding":
+        label = "embedding"
+    else:
+        label, kind = ".".join(words), "gains"
+    return Part(label, kind, event["bytes"], event.get("weights", 0), event.get("cost"), event.get("error"),
+                event.get("format", ""))
 
-    Tensors are summed by role and kind; small groups are joined so that the bars stay readable.
+
+def byte_parts(events: list[dict], result: dict) -> tuple[list[Part], list[Part], int]:
+    """Returns the parts by falling size, scales, container and code last; all tensors; and the total of all bytes.
+
+    Matrices of one name are summed over blocks, gains and gates by role; small parts are joined so that the bars stay
+    readable. Scales are taken out of their tensors: their bits are those a weight with a scale pays for it.
     """
-    tensors = {event["name"]: event for event in events if event["event"] == "tensor"}
-    groups: dict[tuple[str, str], list[int]] = {}
-    for event in tensors.values():
-        key = (event["role"], tensor_kind(event["name"], event["role"]))
-        groups.setdefault(key, []).append(event["bytes"])
-    ordered = sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0]))
+    written = {event["name"]: event for event in events if event["event"] == "tensor"}
+    tensors = {name: tensor_part(event) for name, event in written.items()}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, part in tensors.items():
+        label = part.label.split()[-1] if part.kind != "gains" else written[name]["role"]
+        groups.setdefault((label, part.kind), []).append(name)
     parts = []
-    for (role, kind), sizes in ordered[:MOST_BARS]:
-        times = f"  \N{MULTIPLICATION SIGN}{len(sizes)}" if len(sizes) > 1 else ""
-        parts.append(((kind if kind == role else f"{role} \N{MIDDLE DOT} {kind}") + times, role, sum(sizes)))
-    rest = [size for _, sizes in ordered[MOST_BARS:] for size in sizes]
-    if rest:
-        parts.append((f"{len(rest)} smaller tensors", "", sum(rest)))
+    for (label, kind), names in groups.items():
+        costs = [tensors[name].cost for name in names if tensors[name].cost is not None]
+        times = f"  \N{MULTIPLICATION SIGN}{len(names)}" if len(names) > 1 else ""
+        parts.append(Part(label + times, kind,
+                          sum(tensors[name].bytes - written[name].get("scale_bytes", 0) for name in names),
+                          sum(tensors[name].weights for name in names), sum(costs) if costs else None))
+    parts.sort(key=lambda part: (-part.bytes, part.label))
+    if rest := parts[MOST_BARS:]:
+        parts[MOST_BARS:] = [Part(f"{len(rest)} smaller parts", "", sum(part.bytes for part in rest))]
+    scaled = [event for event in written.values() if event.get("scale_bytes")]
+    if scaled:
+        parts.append(Part("scales", "", sum(event["scale_bytes"] for event in scaled),
+                          sum(event["weights"] for event in scaled)))
     artifact = result.get("artifact") or {}
-    if "model_bytes" in artifact and tensors:
-        inside = sum(event["bytes"] for event in tensors.values())
-        parts.append(("container", "", artifact["model_bytes"] - inside))
-    elif "model_bytes" in artifact:
-        parts.append(("model", "", artifact["model_bytes"]))
+    if "model_bytes" in artifact:
+        inside = sum(part.bytes for part in parts)
+        parts.append(Part("header" if parts else "model", "", artifact["model_bytes"] - inside))
     if "code_bytes" in artifact:
-        parts.append(("code", "", artifact["code_bytes"]))
-    return parts, artifact.get("total_bytes", sum(size for _, _, size in parts))
+        parts.append(Part("code", "", artifact["code_bytes"]))
+    return parts, list(tensors.values()), artifact.get("total_bytes", round(sum(part.bytes for part in parts)))
 
 
 def prepare(events: list[dict], config: dict, result: dict, name: str = "") -> Series:
@@ -178,18 +223,19 @@ def prepare(events: list[dict], config: dict, result: dict, name: str = "") -> S
     scores = {key: score["val_bpb"] for key, score in (result.get("scores") or {}).items()}
     if not scores:  # the run is not finished; what it has scored so far stands in the events
         scores = {event["evaluator"]: event["val_bpb"] for event in events if event["event"] == "score"}
-    parts, total = byte_parts(events, result)
+    parts, tensors, total = byte_parts(events, result)
     presets = " + ".join(str(value) for value in (settings.get("PRESET"), settings.get("OVERLAY")) if value)
+    source = f"from {settings['FROM']}" if settings.get("FROM") else ""
     missing = [part for part in ("artifact", "scores", "yardsticks") if not result.get(part)]
     notes = [f"result.json: no {', '.join(missing)}"] if missing else []
     if not result:
         notes = ["not finished: no result.json"]
     return Series(
-        title="   ".join(part for part in (settings.get("RUN_ID") or name, presets) if part),
+        title="   ".join(part for part in (settings.get("RUN_ID") or name, presets, source) if part),
         train_loss=train_loss, smooth_loss=smooth(train_loss),
         val_loss=make_curve(vals, "val_loss"), val_bpb=make_curve(vals, "val_bpb"),
         lr_factor=make_curve(steps, "lr_factor"), grad_norm=make_curve(steps, "grad_norm"),
-        resumes=resumes, scores=scores, yardsticks=dict(result.get("yardsticks") or {}), parts=parts,
+        resumes=resumes, scores=scores, yardsticks=dict(result.get("yardsticks") or {}), parts=parts, tensors=tensors,
         total_bytes=total, limit_bytes=(result.get("artifact") or {}).get("limit_bytes"), notes=notes)
 
 
@@ -239,11 +285,14 @@ def draw(series: Series) -> Figure:
         size = (WIDTH_PIXELS / DOTS_PER_INCH, HEIGHT_PIXELS / DOTS_PER_INCH)
         figure = Figure(figsize=size, dpi=DOTS_PER_INCH)
         # The gap in the middle holds the second axis of the schedule and the names of the bars; the right margin
-        # holds the names of the horizontal lines.
-        columns, rows = ((0.055, 0.37), (0.575, 0.31)), ((0.545, 0.325), (0.06, 0.325))
-        for panel, (x, width), (y, height) in (
-                (draw_loss, columns[0], rows[0]), (draw_bits, columns[1], rows[0]),
-                (draw_schedule, columns[0], rows[1]), (draw_bytes, columns[1], rows[1])):
+        # holds the names of the horizontal lines and the numbers beside the bars.
+        columns, rows = ((0.055, 0.37), (0.575, 0.31)), ((0.545, 0.325), (0.075, 0.31))
+        panels = [(draw_bits, columns[1], rows[0]), (draw_bytes, columns[1], rows[1])]
+        if series.tensors and not series.train_loss.y:
+            panels += [(draw_tensors, (0.085, 0.29), (0.075, 0.795))]
+        else:
+            panels += [(draw_loss, columns[0], rows[0]), (draw_schedule, columns[0], rows[1])]
+        for panel, (x, width), (y, height) in panels:
             panel(figure.add_axes((x, y, width, height)), series)
         figure.suptitle(series.title, x=0.055, y=0.975, ha="left", fontsize=20, fontweight="bold")
         if series.notes:
@@ -304,6 +353,7 @@ def draw_bits(axes: Axes, series: Series) -> None:
         say_missing(axes, "no validation yet")
         finish(axes, title, TRAINING_TIME, "bits per byte")
         return
+    trained = bool(points.y or series.train_loss.y)
     values = [value for value, *_ in lines]
     # An untrained model scores several times the rest; it must not squeeze the lines that matter together.
     ceiling = max(values) + 0.75 * max(max(values) - min([*values, *points.y]), 0.4) if values else math.inf
@@ -332,7 +382,9 @@ def draw_bits(axes: Axes, series: Series) -> None:
                       xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"), fontsize=11.5,
                       annotation_clip=False, arrowprops=leader)
     handles += mark_resumes(axes, series)
-    finish(axes, title, TRAINING_TIME, "bits per byte", handles)
+    if not trained:
+        axes.set_xticks([])
+    finish(axes, title, TRAINING_TIME if trained else "", "bits per byte", handles)
 
 
 def draw_schedule(axes: Axes, series: Series) -> None:
@@ -361,8 +413,30 @@ def draw_schedule(axes: Axes, series: Series) -> None:
     finish(axes, "Learning rate and gradient", TRAINING_TIME, "learning-rate factor (1 = peak)", handles)
 
 
+def draw_bars(axes: Axes, parts: list[Part], sizes: list[float], texts: list[str],
+              columns: list[tuple[str, float, list[str]]]) -> list:
+    """A horizontal bar a part, coloured by kind, its text at its end, and to the right of the axes columns of head,
+    place and numbers; returns the handles of the legend, which has the kinds that no bar is named after."""
+    handles = []
+    for kind in dict.fromkeys(part.kind for part in parts):
+        mine = [row for row, part in enumerate(parts) if part.kind == kind]
+        bars = axes.barh(mine, [sizes[row] for row in mine], color=KIND_COLOURS.get(kind, RED), height=0.72, label=kind)
+        if kind and kind != parts[mine[0]].label:
+            handles.append(bars)
+    for row, (size, text) in enumerate(zip(sizes, texts, strict=True)):
+        axes.annotate(text, xy=(size, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10.5)
+    for head, place, column in columns:
+        for row, text in enumerate([head, *column] if any(column) else [], start=-1):
+            axes.annotate(text, xy=(place, row), xycoords=("axes fraction", "data"), va="center", ha="right",
+                          fontsize=10.5, annotation_clip=False, fontweight="normal" if row >= 0 else "bold")
+    axes.set_yticks(range(len(parts)), [part.label for part in parts], fontsize=11)
+    axes.set_ylim(len(parts) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    return handles
+
+
 def draw_bytes(axes: Axes, series: Series) -> None:
-    """The artifact's bytes by tensor group, code and container last."""
+    """The artifact's bytes by part, code last, with bits per weight and cost of each and of all."""
     if not series.parts:
         say_missing(axes, "no artifact yet")
         finish(axes, "Artifact", "", "")
@@ -371,26 +445,42 @@ def draw_bytes(axes: Axes, series: Series) -> None:
     if series.limit_bytes:
         share = series.total_bytes / series.limit_bytes
         title = f"Artifact: {series.total_bytes:,} of {series.limit_bytes:,} bytes ({share:.1%})"
-    roles = list(dict.fromkeys(role for _, role, _ in series.parts if role))
-    colours = {role: ROLE_COLOURS[i % len(ROLE_COLOURS)] for i, role in enumerate(roles)}
-    rows = range(len(series.parts))
     unit, scale = ("MB", 1e6) if series.total_bytes >= 2e6 else ("kB", 1e3)
-    sizes = [size / scale for _, _, size in series.parts]
-    handles = []
-    for wanted in [*roles, ""]:
-        mine = [row for row in rows if series.parts[row][1] == wanted]
-        if mine:
-            handles.append(axes.barh(mine, [sizes[row] for row in mine], color=colours.get(wanted, GREY), height=0.72,
-                                     label=wanted or "the rest"))
-    for row, (_, _, size) in zip(rows, series.parts, strict=True):
-        share = size / max(series.total_bytes, 1)
-        axes.annotate(f"{size:,}  ({share:.1%})", xy=(size / scale, row), xytext=(5, 0), fontsize=10.5,
-                      textcoords="offset points", va="center")
-    axes.set_yticks(rows, [label for label, _, _ in series.parts], fontsize=11)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.34 * max([*sizes, 1e-9]))
-    axes.grid(False, axis="y")
-    finish(axes, title, f"size in the artifact ({unit}, decimal)", "", handles)
+    sizes = [part.bytes / scale for part in series.parts]
+    texts = [f"{part.bytes:,.0f}  ({part.bytes / max(series.total_bytes, 1):.1%})" for part in series.parts]
+    handles = draw_bars(axes, series.parts, sizes, texts, [
+        ("bits", 1.15, [part.bits for part in series.parts]),
+        ("cost", 1.29, [part.millinats for part in series.parts])])
+    axes.set_xlim(0, 1.44 * max([*sizes, 1e-9]))
+    label = f"size in the artifact ({unit})"
+    weights, costs = sum(part.weights for part in series.tensors), [part.cost for part in series.parts if part.cost]
+    if weights:
+        inside = sum(part.bytes for part in series.parts if part.label != "code")
+        label += f"\nbits per weight: {8 * inside / weights:.2f} over the model"
+    if costs:
+        label += f"; cost: {1000 * sum(costs):.2f} milli-nats per token"
+    finish(axes, title, label, "", handles)
+
+
+def draw_tensors(axes: Axes, series: Series) -> None:
+    """What every tensor's quantization costs, dearest first; its relative error where no cost was measured."""
+    priced = any(part.cost is not None for part in series.tensors)
+    found = [(1000 * part.cost if priced else part.error, part) for part in series.tensors
+             if part.kind != "gains" and (part.cost if priced else part.error) is not None]
+    title = "What each tensor's quantization costs" if priced else "Each tensor's quantization error"
+    if not found:
+        say_missing(axes, "no errors in events.jsonl")
+        finish(axes, title, "", "")
+        return
+    found.sort(key=lambda item: -item[0])
+    if len(found) > MOST_TENSORS:
+        found, title = found[:MOST_TENSORS], f"{title} (the largest {MOST_TENSORS})"
+    sizes, parts = [size for size, _ in found], [part for _, part in found]
+    handles = draw_bars(axes, parts, sizes, [f"{size:.3g}" for size in sizes], [
+        ("bits", 1.13, [part.bits for part in parts]), ("format", 1.35, [part.format for part in parts])])
+    axes.set_xlim(0, 1.15 * max([*sizes, 1e-9]))
+    what = "cost in milli-nats per token" if priced else "root mean square error over that of the weights"
+    finish(axes, title, f"{what}\nbits per weight, scales included", "", handles)
 
 
 # ---- command line
