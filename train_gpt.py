@@ -772,7 +772,9 @@ def show_value(value: Any) -> str:
     """A setting's value as a user would write it."""
     if isinstance(value, bool):
         return str(int(value))
-    return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def differences_text(config: Config) -> str:
@@ -1786,7 +1788,7 @@ def solve_gptq(weight: Tensor, grid: Grid, hessian: Tensor, settings: ArtifactSe
     rest = torch.where(dead, 0.0, weight)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = upper_factor(hessian[order][:, order], settings.gptq_damping)
-    price = settings.rate_rounding * math.log(2) / 6 * math.log2(math.e) / 2
+    price = settings.rate_rounding / 12 if grid.cut is None else 0.0  # of signs, more zeros are not fewer bits
     spread = (weight / grid.step).square().mean(1, keepdim=True).clamp_min(0.1)  # (R, 1), in steps^2
     rest, grid = rest[:, order].T.contiguous(), grid.columns(order)  # (C, R): a column lies together
     codes = torch.empty_like(rest)
@@ -4137,7 +4139,7 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
     """The factor on all steps whose model ends within FIT_WINDOW_BYTES below `room` bytes, in FIT_PASSES builds at
     most.
 
-    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: its difference to the last
+    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: its ratio to the last
     real size is taken over to the next guess. CheckError where even the coarsest steps are too large.
     """
     coarsest = math.log(STRETCH_LIMIT)
@@ -4148,9 +4150,9 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
             points[at] = estimate(at)
         return points[at]
 
-    offset, best = 0.0, None
+    bias, best = 1.0, None
     for passes in range(1, FIT_PASSES + 1):
-        low, high, wanted = finest, coarsest, room - FIT_WINDOW_BYTES / 2 - offset
+        low, high, wanted = finest, coarsest, (room - FIT_WINDOW_BYTES / 2) / bias
         if guess(low) <= wanted:
             at = low
         else:
@@ -4164,7 +4166,7 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
                     break
             at = high
         size = build(at)
-        offset = size - guess(at)
+        bias = size / max(1.0, guess(at))
         if size <= room and (best is None or size > best.size):
             best = Fit(at, size, passes, "steps fitted")
         if at == finest and size <= room:
@@ -4172,7 +4174,7 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
         if room - FIT_WINDOW_BYTES <= size <= room:
             return best
         if at == coarsest and size > room:
-            raise CheckError(f"FIT=1: the coarsest steps make a model of {size} bytes, {room} are left of TARGET_BYTES "
+            raise CheckError(f"FIT=1: the coarsest steps make a model of {size} bytes, {max(0, room)} are left of TARGET_BYTES "
                              f"for it; a smaller MODEL_DIM or STACK, or {size - room} bytes more, would fit")
     if best is None:
         raise CheckError(f"FIT=1: {FIT_PASSES} passes ended above the {room} bytes that are left for the model; the "

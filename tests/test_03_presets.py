@@ -113,3 +113,10 @@ def test_no_code_outside_presets_knows_a_preset():
             assert not [name for name in PRESETS if f'"{name}"' in section], section[:20]
 
 
+
+
+@pytest.mark.parametrize("name", [name for name, (_, field) in train_gpt.SETTINGS.items()
+                                  if isinstance(field.default, (float, int))])
+def test_a_printed_default_reads_back_as_itself(name):
+    default = train_gpt.SETTINGS[name][1].default
+    assert train_gpt.parse_value(name, train_gpt.show_value(default)) == default

@@ -299,10 +299,10 @@ def test_fine_columns_have_a_finer_grid_and_the_rest_the_same():
     inside = torch.zeros(96, dtype=torch.bool)
     inside[40:72] = True
     assert torch.equal(found[:, ~inside], plain[:, ~inside])
-    ends = torch.stack([part.abs().amax(1) for part in plain.split(32, 1)], 1)  # (8, 3)
-    beyond = (weight.abs() > 1.01 * spread(ends, 96, 32)) & inside  # both grids have the same ends
-    assert beyond.any() and torch.allclose(found[beyond], plain[beyond], rtol=1e-5)
-    kept = (weight.abs() < spread(ends, 96, 32))[:, inside]
+    ends = 7 * steps_of(FORMATS["int4"].encode(weight, route), 96, 32)
+    beyond = (weight.abs() > ends) & inside  # both grids have the same ends
+    assert beyond.any() and torch.allclose(found[beyond].abs().double(), ends[beyond], rtol=1e-5)
+    kept = (weight.abs() < ends)[:, inside]
     errors = [((part - weight)[:, inside] * kept).norm() for part in (found, plain)]
     assert errors[0] < errors[1] * 7 / 63 * 1.5
     assert FORMATS["int4"].encode(weight, fine).codes.abs().max() > 7
