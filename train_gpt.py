@@ -187,7 +187,8 @@ class OptimSettings:
 class TrainSettings:
     iterations: int = setting(20000, "steps at most", unit="steps", low=1)
     max_wallclock_seconds: float = setting(600.0, "budget of the training loop; 0 is none", unit="seconds", low=0.0)
-    reserve_seconds: float = setting(0.5, "left at the end of the budget, for the calibration", unit="seconds", low=0.0)
+    reserve_seconds: float = setting(0.5, "left at the end of the budget for the calibration; sequential, self: more",
+                                     unit="seconds", low=0.0)
     train_batch_tokens: int = setting(524288, "tokens of one step over all ranks", unit="tokens", low=1)
     micro_batch_tokens: int = setting(65536, "tokens of one forward; the same whatever the number of ranks",
                                       unit="tokens", low=1)
@@ -224,7 +225,7 @@ class ArtifactSettings:
     ternary_scale: str = setting("absmean", "scale of a ternary group: mean or root mean square of all, or the mean of "
                                  "what is not zero", choices=("absmean", "rms", "nonzero"))
     ternary_tau: float = setting(0.5, "ternary weights below this share of the mean are zero", low=0.0, high=4.0)
-    policy: str = setting("", "rows that come before these settings: `blocks.0.*: int8 k=14; *.down.weight: int5 "
+    policy: str = setting("", "rows that come before these settings: `*.q.weight: int8 k=14; *.down.weight: int5 "
                           "group=64 solver=nearest codec=brotli`; pattern of names or role, then a format and k, "
                           "group, tau, scale, solver, codec")
     solver: str = setting("nearest", "how codes are chosen: nearest, or gptq against the inputs' second moments",
@@ -245,7 +246,8 @@ class ArtifactSettings:
     lqer_rank: int = setting(0, "rank of the stored correction of the quantization error; 0 is off", low=0, high=64)
     lqer_top_k: int = setting(3, "matrices that get it: those where it removes the most error a byte", low=1)
     lqer_asym_group: int = setting(64, "values that share a scale in its right factor", low=1)
-    awq_lite_group_top_k: int = setting(0, "column groups, over all matrices, that get a finer grid; 0 is off", low=0)
+    awq_lite_group_top_k: int = setting(0, "column groups, one a matrix at most, on a grid of AWQ_LITE_BITS; 0: off",
+                                        low=0)
     awq_lite_group_size: int = setting(64, "columns of such a group", unit="columns", low=1)
     awq_lite_bits: int = setting(8, "bits of its grid", unit="bits", low=3, high=8)
     codec: tuple[str, ...] = setting(("auto",), "lossless coders to try, the smallest result is kept; auto is all that "
@@ -638,7 +640,7 @@ OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
         "TRAIN_LOG_EVERY": 50, "VAL_LOSS_EVERY": 300, "CHECKPOINT_SECONDS": 20.0,
         "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 256, "EVAL_BATCH_TOKENS": 4096}),
     "one_gpu": ("the work of eight GPUs on one: eight times the seconds", {
-        "MAX_WALLCLOCK_SECONDS": 4800.0, "EVAL_BUDGET_SECONDS": 4800.0}),
+        "MAX_WALLCLOCK_SECONDS": 4800.0, "RESERVE_SECONDS": 32.0, "EVAL_BUDGET_SECONDS": 4800.0}),
 }
 
 # The packer replaces this line by the resolved recipe, so that a packed file repeats its run without an environment.
@@ -3982,9 +3984,10 @@ def solve_all(weights: Mapping[str, Tensor], routes: Mapping[str, Route], calibr
     mine = [name for name in sorted(weights, key=lambda name: -costs[name]) if owners[name] == world.rank]
     found = world.each(lambda name: solve_tensor(name, weights[name], routes[name], calibration, sites.get(name, []),
                                                  settings), mine)
-    own = {name: solved._replace(stored=solved.stored._replace(coded=Coded(
-        solved.stored.coded.codes.cpu(), {key: side.cpu() for key, side in solved.stored.coded.sides.items()},
-        *solved.stored.coded[2:])), decoded=solved.decoded.cpu()) for name, solved in zip(mine, found, strict=True)}
+    own = {name: solved._replace(stored=solved.stored._replace(
+        route=solved.stored.route._replace(steps=None), coded=Coded(
+            solved.stored.coded.codes.cpu(), {key: side.cpu() for key, side in solved.stored.coded.sides.items()},
+            *solved.stored.coded[2:])), decoded=solved.decoded.cpu()) for name, solved in zip(mine, found, strict=True)}
     everyone = {name: solved for part in world.gather(own) for name, solved in part.items()}
     return {name: everyone[name] for name in weights}
 
@@ -4084,7 +4087,8 @@ def allocate_steps(weights: Mapping[str, Tensor], routes: Mapping[str, Route], c
                    sites: Mapping[str, list[str]], settings: ArtifactSettings) -> dict[str, Route]:
     """The routes with steps for every row such that a bit more or less costs the same everywhere: step ~ 1 / sqrt(c), c
     being the curvature of the loss along one weight of the row. The mean logarithm of the steps, and with it the bits,
-    stays what the policy says.
+    stays what the policy says, except for rows that are held at the finest step of their grid (with CLIP_QUANTILE that
+    is the policy's own). Groups of a row get the row's step.
 
     A row's c is the sum over visits of E[g_r^2] tr(E[x x^T]) / C. Where gptq solves, the trace shrinks to the sum of
     1 / U_jj^2, the variances of what it cannot push onto later columns. Rate and distortion of fine grids: bits fall
@@ -4139,8 +4143,8 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
     """The factor on all steps whose model ends within FIT_WINDOW_BYTES below `room` bytes, in FIT_PASSES builds at
     most.
 
-    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: its ratio to the last
-    real size is taken over to the next guess. CheckError where even the coarsest steps are too large.
+    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: real sizes correct it
+    for the next guess. CheckError where even the coarsest steps are too large.
     """
     coarsest = math.log(STRETCH_LIMIT)
     points: dict[float, float] = {}
@@ -4150,9 +4154,17 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
             points[at] = estimate(at)
         return points[at]
 
-    bias, best = 1.0, None
+    best, sizes = None, {}
     for passes in range(1, FIT_PASSES + 1):
-        low, high, wanted = finest, coarsest, (room - FIT_WINDOW_BYTES / 2) / bias
+        # Between the coarsest factor that was too large and the finest that fitted, whatever the estimate says.
+        low = start = max((at for at, size in sizes.items() if size > room), default=finest)
+        high = end = min((at for at, size in sizes.items() if size <= room), default=coarsest)
+        target, seen = room - FIT_WINDOW_BYTES / 2, sorted(sizes, key=lambda at: abs(sizes[at] - room))[:2]
+        # What the estimate would have to say: by its ratio to one real size, by the line through the two nearest.
+        wanted = target * guess(seen[0]) / sizes[seen[0]] if seen else target
+        if len(seen) == 2 and sizes[seen[0]] != sizes[seen[1]]:
+            wanted = guess(seen[0]) + (target - sizes[seen[0]]) * (
+                (guess(seen[1]) - guess(seen[0])) / (sizes[seen[1]] - sizes[seen[0]]))
         if guess(low) <= wanted:
             at = low
         else:
@@ -4165,8 +4177,9 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
                 if high - low < 1e-4 or abs(guess(high) - wanted) < 100:
                     break
             at = high
-        size = build(at)
-        bias = size / max(1.0, guess(at))
+        if at in sizes:
+            at = (start + end) / 2
+        size = sizes[at] = build(at)
         if size <= room and (best is None or size > best.size):
             best = Fit(at, size, passes, "steps fitted")
         if at == finest and size <= room:
@@ -4174,8 +4187,9 @@ def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int],
         if room - FIT_WINDOW_BYTES <= size <= room:
             return best
         if at == coarsest and size > room:
-            raise CheckError(f"FIT=1: the coarsest steps make a model of {size} bytes, {max(0, room)} are left of TARGET_BYTES "
-                             f"for it; a smaller MODEL_DIM or STACK, or {size - room} bytes more, would fit")
+            raise CheckError(f"FIT=1: the coarsest steps make a model of {size} bytes, {max(0, room)} are left of "
+                             f"TARGET_BYTES for it; a smaller MODEL_DIM or STACK, or {size - room} bytes more, would "
+                             "fit")
     if best is None:
         raise CheckError(f"FIT=1: {FIT_PASSES} passes ended above the {room} bytes that are left for the model; the "
                          f"last had {size}")
@@ -4448,7 +4462,14 @@ def check_squeeze(config: Config) -> None:
                               "parameter (blocks.0.mlp.up.weight is one)")
         if "codec" in fields:
             pick_codecs((fields["codec"],))
-    stages, routes = config.run.stages, routes_of(model, settings)
+    stages, routes, sites = config.run.stages, routes_of(model, settings), weight_sites(model)
+    blind = [name for name, route in routes.items() if route.solver == "gptq" and name not in sites]
+    if blind:
+        raise ConfigError(f"POLICY={settings.policy}: solver=gptq for {blind[0]}, which multiplies no input; "
+                          "name matrices only, as in blocks.0.*.weight")
+    if settings.allocate and not any(can_stretch(routes[name]) for name in sites):
+        raise ConfigError(f"ALLOCATE=1: needs a matrix or embedding on an int or uint grid; MATRIX_FORMAT="
+                          f"{settings.matrix_format}, EMBED_FORMAT={settings.embed_format}")
     if "train" in stages and "write" in stages and needs_calibration(routes, settings) and (
             "calibrate" not in stages[:stages.index("write")]):
         raise ConfigError(f"STAGES={','.join(stages)}: the squeeze needs a calibration; put calibrate before write")
@@ -4731,13 +4752,15 @@ class Squeeze:
 
     def fit(self, room: int) -> Fit:
         """Fit the model into `room` bytes."""
-        fixed = sum(1.5 * weight.numel() for name, weight in self.weights.items() if not can_stretch(self.routes[name]))
+        fixed = sum(FORMATS[self.routes[name].format].bits / 8 * weight.numel() for name, weight in self.weights.items()
+                    if not can_stretch(self.routes[name]))
         rows = max(64, (1 << 21) // max(1, sum(weight.shape[-1] for weight in self.weights.values())))
 
         def estimate(at: float) -> float:
-            return fixed + estimate_bytes(self.weights, stretched(self.routes, at), rows)
+            return self.run.world.same(fixed + estimate_bytes(self.weights, stretched(self.routes, at), rows))
 
-        return fit_steps(estimate, self.build, room, least_log_factor(self.weights, self.routes))
+        return fit_steps(estimate, self.build, room,
+                         self.run.world.same(least_log_factor(self.weights, self.routes)))
 
 
 def artifact_label(settings: ArtifactSettings) -> str:
@@ -4839,7 +4862,8 @@ def stage_reload(run: Run) -> None:
         trained = exported_weights(run, load_checkpoint(run.source / "checkpoint.pt"))
         routes = routes_of(model, artifact)
         same = all(torch.equal(weights[name], trained[name]) for name in weights)
-        plain = not needs_calibration(routes, artifact) and run.result.get("artifact", {}).get("step_factor") == 1
+        plain = ("write" in run.config.run.stages and not needs_calibration(routes, artifact)
+                 and run.result.get("artifact", {}).get("step_factor") == 1)
         if plain and not same:
             raise CheckError("QAT_START: the artifact differs from the weights the forward was trained with")
         compared += ", and to those the forward was trained with" if same else ", steps or codes chosen after training"

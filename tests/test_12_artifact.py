@@ -1222,6 +1222,23 @@ def test_a_fit_with_a_bad_estimate_lands_or_says_so(total, bias, slant):
     assert found.size >= min(0.97 * room, room - FIT_WINDOW_BYTES), (built, room)
 
 
+@pytest.mark.parametrize("wrong", [-9e6, -2e6, 3e6, 9e6])
+def test_a_fit_survives_an_estimate_that_is_off_by_a_constant(wrong):
+    """The part whose steps are not free may be misjudged; sizes that were really built bracket the next guess."""
+    def size(at):
+        return round(4e6 + 20e6 * max(0.02, 1 - at / 4.2))
+
+    built = []
+
+    def build(at):
+        assert at not in built
+        built.append(at)
+        return size(at)
+
+    fit = train_gpt.fit_steps(lambda at: max(1.0, size(at) + wrong), build, 14_000_000, -1.0)
+    assert len(built) <= 4 and 13_000_000 < fit.size <= 14_000_000, (fit, built)
+
+
 def test_a_cap_that_is_too_large_or_too_small_is_said():
     size = rough(1_000_000)
     for bias in (0.8, 1.0, 1.2):

@@ -157,6 +157,15 @@ def test_a_policy_that_matches_nothing_is_a_mistake(mini, tmp_path, capsys):
     assert "POLICY=block.0.*: int4" in run([*words, "POLICY=block.0.*: int4; embedding: int6"], 2, capsys)
 
 
+@pytest.mark.parametrize("words, said", [
+    ({"POLICY": "blocks.0.*: int6 solver=gptq"}, "solver=gptq for blocks.0."),
+    ({"ALLOCATE": 1, "MATRIX_FORMAT": "ternary", "EMBED_FORMAT": "fp8"}, "ALLOCATE=1: needs a matrix")])
+def test_a_squeeze_that_cannot_work_is_refused_before_any_training(mini, tmp_path, capsys, words, said):
+    given = {**NEAREST, "RUN_ID": "x", "ITERATIONS": 1, "STAGES": "train,calibrate,write", **words}
+    assert said in run(small_words(mini, tmp_path, **given), 2, capsys)
+    assert not (tmp_path / "x" / "checkpoint.pt").exists()
+
+
 DAMAGE = {"half": lambda raw: raw[:len(raw) // 2], "empty": lambda raw: b"", "nonsense": lambda raw: b"nonsense" * 40,
           "a bit": lambda raw: raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 16]) + raw[len(raw) // 2 + 1:]}
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
 README, REFERENCE = ROOT / "README.md", ROOT / "records" / "reference_run.json"
+SQUEEZE = ROOT / "records" / "squeeze.json"  # made by ./run.sh bench formats RUN_FOLDER TERNARY=1 --json
 PART = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -39,6 +40,17 @@ def result_table() -> str:
               f"({environment['cpu']}, torch {environment['torch']}); model {artifact['model_bytes']:,} + code "
               f"{artifact['code_bytes']:,} = {artifact['total_bytes']:,} of {artifact['limit_bytes']:,} bytes; every "
               f"one of {result['ledger']['targets']:,} targets scored once."]
+    return "\n".join(lines)
+
+
+def squeeze_table() -> str:
+    """The rows of the formats benchmark."""
+    table = json.loads(SQUEEZE.read_text())["tables"][0]
+    keys = {"row": "", "bits a weight": ".2f", "model bytes": ",d", "loss": "+.4f"}
+    lines = [f"| {' | '.join(keys)} |", "| --- | ---: | ---: | ---: |"]
+    for row in table["rows"]:
+        cells = dict(zip(table["columns"], row, strict=True)) if isinstance(row, list) else row
+        lines.append("| " + " | ".join(format(cells[key], form) for key, form in keys.items()) + " |")
     return "\n".join(lines)
 
 
@@ -68,8 +80,8 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-PARTS: dict[str, Callable[[], str]] = {"result": result_table, "layout": layout_table, "presets": presets_table,
-                                       "settings": settings_table}
+PARTS: dict[str, Callable[[], str]] = {"result": result_table, "squeeze": squeeze_table, "layout": layout_table,
+                                       "presets": presets_table, "settings": settings_table}
 
 
 def fresh(text: str) -> str:
