@@ -3125,6 +3125,7 @@ def _sample(matrices: Matrices) -> Matrices:
     return [matrix[:math.ceil(share * len(matrix))] for matrix in matrices]
 
 
+# -- the range coder
 # Trained weights are close to Gaussian once the scale of their column is known, so a symbol's context is one number:
 # the class of its predicted standard deviation, in eighths of an octave. The prediction multiplies a class sent for
 # each column (or row: a matrix is turned where that is cheaper) with what the coded part of the row tells: a row that
@@ -3480,6 +3481,9 @@ def pack_context(matrices: Matrices, low: int, high: int) -> tuple[bytes, list[f
 def pack_static(matrices: Matrices, low: int, high: int) -> tuple[bytes, list[float]]:
     """The same with contexts known beforehand only, the classes of the columns: faster."""
     return _pack_range(matrices, (FLAT,))
+
+
+# -- all codecs
 
 
 class Codec(NamedTuple):
@@ -4140,11 +4144,10 @@ class Fit(NamedTuple):
 
 
 def fit_steps(estimate: Callable[[float], float], build: Callable[[float], int], room: int, finest: float) -> Fit:
-    """The factor on all steps whose model ends within FIT_WINDOW_BYTES below `room` bytes, in FIT_PASSES builds at
-    most.
+    """The factor on all steps whose model ends within FIT_WINDOW_BYTES below `room`, in FIT_PASSES builds at most.
 
-    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: real sizes correct it
-    for the next guess. CheckError where even the coarsest steps are too large.
+    `build` solves, codes and returns the real size; `estimate` is cheap and only guides: real sizes correct it for the
+    next guess. CheckError where even the coarsest steps are too large.
     """
     coarsest = math.log(STRETCH_LIMIT)
     points: dict[float, float] = {}
