@@ -4687,7 +4687,9 @@ def load_calibration(run: Run) -> Calibration | None:
         if path.exists():
             held = load_tensors(path, run.world.device, "STAGES=calibrate makes it again")
             slopes = {site.removeprefix("slope "): held.pop(site) for site in list(held) if site.startswith("slope ")}
-            return Calibration(held, slopes, int(held.pop("tokens")))
+            tokens = int(held.pop("tokens"))
+            run.log.line(f"calibration:{path} of {tokens} tokens")
+            return Calibration(held, slopes, tokens)
     return None
 
 
@@ -4769,7 +4771,7 @@ class Squeeze:
 def artifact_label(settings: ArtifactSettings) -> str:
     """Format and codec in the challenge's closing lines."""
     kind = settings.matrix_format
-    return f"{kind}{settings.matrix_bits if kind in ('int', 'uint') else ''}+{','.join(settings.codec)}"
+    return f"{kind}{settings.matrix_bits if kind in ('int', 'uint') else ''}+{'+'.join(settings.codec)}"
 
 
 def squeeze_table(entries: list[Entry]) -> list[str]:
