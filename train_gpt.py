@@ -22,7 +22,7 @@ Sections, in order; each uses only what stands above it:
     10 OPTIMIZERS   Muon and AdamW as pure updates, the role table, schedules, weight averaging
     11 TRAINING     compile, warm up, step, log, checkpoint, stop
     12 ARTIFACT     range coder and codecs, container, calibration, squeeze, fit to the cap, forecast
-    13 EVALUATORS   the ledger, contiguous and sliding scores, bits per byte
+    13 EVALUATORS   plans, the ledger, the guests that predict, the referee that scores them, bits per byte
     14 MAIN         stages, the run folder, the command line, exit codes
 
 Letters in shapes: B batch, T time, D width, H query heads, K key/value heads, C head channels, F feed-forward width,
@@ -34,12 +34,14 @@ V vocabulary, N visits, R rank. Units: tokens, bytes, seconds, nats (natural log
 # the function that uses them, so that importing this file does nothing and needs nothing else.
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
 import fnmatch
 import functools
 import hashlib
+import heapq
 import importlib.util
 import io
 import itertools
@@ -57,6 +59,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -107,6 +110,7 @@ def group(cls: type) -> type:
 
 GROUP_TEXTS = {"run": "what is run, and where its results go", "data": "tokens", "model": "the network",
                "optim": "optimizers and schedules", "train": "the loop", "artifact": "the squeeze", "eval": "the score",
+               "ttt": "test-time training (EVAL names ttt)",
                "system": "the machine"}
 
 
@@ -257,14 +261,63 @@ class ArtifactSettings:
     target_bytes: int = setting(LIMIT_BYTES, "code plus model may not be larger", unit="bytes", low=1, high=LIMIT_BYTES)
 
 
+EVALUATOR_NAMES = ("contiguous", "sliding", "document", "ttt")
+
+
 @group
 class EvalSettings:
-    eval: tuple[str, ...] = setting(("contiguous", "sliding"), "evaluators of the artifact",
-                                    choices=("contiguous", "sliding"))
+    eval: tuple[str, ...] = setting(("contiguous", "sliding"), "evaluators of the artifact", choices=EVALUATOR_NAMES)
     eval_seq_len: int = setting(1024, "window of the evaluators", unit="tokens", low=2)
     eval_stride: int = setting(64, "new targets per window of the sliding evaluator", unit="tokens", low=1)
     eval_batch_tokens: int = setting(65536, "tokens of one forward in evaluation", unit="tokens", low=1)
     eval_budget_seconds: float = setting(600.0, "budget of the evaluators together; 0 is none", unit="seconds", low=0.0)
+    eval_shrink: bool = setting(False, "where the forecast is over the budget, take settings that fit and keep them",
+                                scope="run")
+
+
+TTT_PARTS = ("q", "k", "v", "o", "attn", "up", "down", "mlp", "head", "embed")
+
+
+@group
+class TTTSettings:
+    ttt_sites: tuple[str, ...] = setting(("q", "k", "v", "attn", "mlp", "head"), "projections that get adapters; attn "
+                                         "and mlp are paths beside the whole part", choices=TTT_PARTS)
+    ttt_lora_rank: int = setting(80, "rank of the adapters, one set a document; 0 is none", low=0, high=4096)
+    ttt_lora_alpha: float = setting(144.0, "what an adapter adds is multiplied by this over its rank", low=0.0)
+    ttt_lora_lr: float = setting(1e-4, "rate of the adapters", low=0.0)
+    ttt_beta1: float = setting(0.0, "first decay of their AdamW", low=0.0, high=0.99999)
+    ttt_beta2: float = setting(0.99, "second decay of their AdamW", low=0.0, high=0.999999)
+    ttt_weight_decay: float = setting(0.5, "their decoupled weight decay", low=0.0)
+    ttt_grad_steps: int = setting(1, "steps on each chunk after its score", low=0, high=100)
+    ttt_chunk_size: int = setting(48, "targets that are scored, then learned from", unit="tokens", low=1)
+    ttt_short_score_first_steps: str = setting("", "other chunks by document length: 256:8,2000:24 is 8 up to 256 "
+                                               "tokens, 24 up to 2000, TTT_CHUNK_SIZE beyond")
+    ttt_eval_seq_len: int = setting(2048, "context of test-time training", unit="tokens", low=2)
+    ttt_batch_size: int = setting(64, "documents side by side", low=1)
+    ttt_polyak_decay: float = setting(0.0, "scores are taken with this running average of the adapters; 0 is off",
+                                      low=0.0, high=0.99999)
+    ttt_down_lr: float = setting(0.0, "rate at which a document's own copy of the feed-forward's second matrix learns",
+                                 low=0.0)
+    ttt_warm_start_a: bool = setting(False, "declared: the input halves of the adapters go on to the next document")
+    phased_ttt_prefix_docs: int = setting(0, "declared: after the first so many documents the whole model learns from "
+                                          "all that are scored", unit="documents", low=0)
+    phased_ttt_num_phases: int = setting(1, "parts of that prefix, each followed by such an update", low=1, high=1000)
+    global_ttt_lr: float = setting(1e-3, "rate of that update, SGD, falling to 0", low=0.0)
+    global_ttt_momentum: float = setting(0.9, "its momentum", low=0.0, high=0.99999)
+    global_ttt_chunk_tokens: int = setting(32768, "tokens of one step of it", unit="tokens", low=1)
+    global_ttt_epochs: int = setting(1, "passes of it over what is scored", low=1, high=100)
+    global_ttt_grad_clip: float = setting(1.0, "norm of its gradient; 0 is off", low=0.0)
+
+
+def parse_chunk_steps(text: str) -> tuple[tuple[int, int], ...]:
+    """`256:8,2000:24` as ((256, 8), (2000, 24)): chunk sizes by the longest document they serve; else ConfigError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    steps = tuple((int(a), int(b)) for a, b in (part.split(":") for part in parts
+                                                if re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", part)))
+    if len(steps) != len(parts) or any(a[0] >= b[0] for a, b in itertools.pairwise(steps)):
+        raise ConfigError(f"TTT_SHORT_SCORE_FIRST_STEPS={text}: must be length:chunk pairs with rising lengths, for "
+                          "example 256:8,2000:24")
+    return steps
 
 
 @group
@@ -279,7 +332,7 @@ class SystemSettings:
 
 GROUPS: dict[str, type] = {"run": RunSettings, "data": DataSettings, "model": ModelSettings, "optim": OptimSettings,
                            "train": TrainSettings, "artifact": ArtifactSettings, "eval": EvalSettings,
-                           "system": SystemSettings}
+                           "ttt": TTTSettings, "system": SystemSettings}
 
 
 def setting_name(field: dataclasses.Field) -> str:
@@ -306,7 +359,12 @@ RENAMED: dict[str, str] = {
     "LQER_FACTOR_BITS": "the factors are uint2 and int4", "FP_STORAGE": "EMBED_FORMAT", "DATA_DIR": "DATA_PATH",
     "COMPILE_ENABLED": "COMPILE", "MUON_STEPS": "MUON_BACKEND_STEPS", "WEIGHT_DECAY": "MUON_WD and EMBED_WD",
     "CONTROL_TENSOR_NAME_PATTERNS": "roles decide, not names", "EVAL_INCLUDE_TAIL": "the tail is always scored",
-    "VAL_DOC_FRACTION": "the whole validation split is always scored"}
+    "VAL_DOC_FRACTION": "the whole validation split is always scored",
+    "TTT_ENABLED": "EVAL names ttt", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS=0 is off",
+    "TTT_K_LORA": "TTT_SITES", "TTT_O_LORA": "TTT_SITES: attn is the path beside attention",
+    "TTT_MLP_LORA": "TTT_SITES: mlp", "TTT_MASK": "TTT_SITES names what takes part",
+    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR", "TTT_SHORT_SCORE_FIRST_ENABLED": "TTT_SHORT_SCORE_FIRST_STEPS, empty is off",
+    "TTT_OPTIMIZER": "AdamW with TTT_BETA1, TTT_BETA2", "GLOBAL_TTT_BATCH_SEQS": "GLOBAL_TTT_CHUNK_TOKENS"}
 
 
 # Ordinary names of other programs that are near misses of a setting.
@@ -322,6 +380,7 @@ class Config(NamedTuple):
     train: TrainSettings
     artifact: ArtifactSettings
     eval: EvalSettings
+    ttt: TTTSettings
     system: SystemSettings
     origins: dict[str, str]
 
@@ -433,6 +492,13 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "EVAL_STRIDE={eval.eval_stride}: must be at most EVAL_SEQ_LEN={eval.eval_seq_len}"),
     (lambda c: c.eval.eval_batch_tokens >= c.eval.eval_seq_len,
      "EVAL_BATCH_TOKENS={eval.eval_batch_tokens}: must be at least EVAL_SEQ_LEN={eval.eval_seq_len}"),
+    (lambda c: c.ttt.ttt_chunk_size <= c.ttt.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={ttt.ttt_chunk_size}: must be at most TTT_EVAL_SEQ_LEN={ttt.ttt_eval_seq_len}"),
+    (lambda c: all(size <= c.ttt.ttt_eval_seq_len for _, size in parse_chunk_steps(c.ttt.ttt_short_score_first_steps)),
+     "TTT_SHORT_SCORE_FIRST_STEPS={ttt.ttt_short_score_first_steps}: chunks must be at most "
+     "TTT_EVAL_SEQ_LEN={ttt.ttt_eval_seq_len}"),
+    (lambda c: not (c.ttt.ttt_down_lr and "down" in c.ttt.ttt_sites),
+     "TTT_DOWN_LR={ttt.ttt_down_lr}: the whole matrix learns, so TTT_SITES must not name down"),
     (lambda c: not (c.optim.warmdown_frac and c.optim.warmdown_iters),
      "WARMDOWN_FRAC={optim.warmdown_frac}: WARMDOWN_ITERS={optim.warmdown_iters} says the same; set one to 0"),
     (lambda c: not c.train.max_wallclock_seconds or c.train.reserve_seconds < c.train.max_wallclock_seconds,
@@ -624,7 +690,7 @@ PRESETS: dict[str, Preset] = {
          "TRAIN_BATCH_TOKENS": 786432, "MICRO_BATCH_TOKENS": 98304, "TRAIN_SEQ_LEN": 2048, "VAL_LOSS_EVERY": 4000,
          "MATRIX_CLIP_SIGMAS": 50.0, "EMBED_CLIP_SIGMAS": 30.0, "SOLVER": "gptq", "RATE_ROUNDING": 1.0,
          "ALLOCATE": True, "FIT": True, "CODEC": "context,brotli", "RESERVE_SECONDS": 4.0,
-         "EVAL_SEQ_LEN": 2048, "EVAL_BATCH_TOKENS": 131072},
+         "EVAL": "contiguous,sliding,ttt", "EVAL_SEQ_LEN": 2048, "EVAL_BATCH_TOKENS": 131072},
         {"tiny": {"STACK": "A4", "MUON_MOMENTUM_WARMUP_STEPS": 100, "MUON_MOMENTUM_WARMUP_START": 0.85,
                   "MUON_MOMENTUM": 0.95, "MUON_WD": 0.0, "EMBED_WD": 0.0, "EMA_DECAY": 0.0, "GRAD_CLIP_NORM": 1.0,
                   "MATRIX_CLIP_SIGMAS": 0.0, "EMBED_CLIP_SIGMAS": 0.0,
@@ -638,7 +704,9 @@ OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
         "TRAIN_BATCH_TOKENS": 4096, "MICRO_BATCH_TOKENS": 2048, "TRAIN_SEQ_LEN": 256,
         "MAX_WALLCLOCK_SECONDS": 180.0, "RESERVE_SECONDS": 5.0,
         "TRAIN_LOG_EVERY": 50, "VAL_LOSS_EVERY": 300, "CHECKPOINT_SECONDS": 20.0,
-        "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 256, "EVAL_BATCH_TOKENS": 4096}),
+        "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 128, "EVAL_BATCH_TOKENS": 4096,
+        "TTT_LORA_RANK": 8, "TTT_LORA_ALPHA": 8.0, "TTT_LORA_LR": 3e-3, "TTT_CHUNK_SIZE": 128,
+        "TTT_EVAL_SEQ_LEN": 512, "TTT_BATCH_SIZE": 8}),
     "one_gpu": ("the work of eight GPUs on one: eight times the seconds", {
         "MAX_WALLCLOCK_SECONDS": 4800.0, "RESERVE_SECONDS": 32.0, "EVAL_BUDGET_SECONDS": 4800.0}),
 }
@@ -757,6 +825,15 @@ def load_config(words: Iterable[str], env: Mapping[str, str], gpus: int | None =
         check_heads(config.model)
     if faults:
         raise ConfigError("\n".join(faults))
+    return config
+
+
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with some settings changed."""
+    for name, value in values.items():
+        owner, field = SETTINGS[name]
+        config = config._replace(**{owner: dataclasses.replace(getattr(config, owner),
+                                                               **{field.name: parse_value(name, value)})})
     return config
 
 
@@ -1045,6 +1122,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         raise ConfigError(f"TOKENIZER_PATH={path}: not a readable SentencePiece model ({error})") from None
     if tokenizer.vocab_size() != vocab_size:
         raise ConfigError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {tokenizer.vocab_size()}")
+    if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
+        raise ConfigError(f"TOKENIZER_PATH={path}: no piece for a single space (U+2581), which counts as 3 bytes")
     return tokenizer
 
 
@@ -1052,7 +1131,8 @@ def make_byte_counter(tokenizer: Any, rule: str) -> Callable[[np.ndarray, np.nda
     """A function (previous token, target token), both (n,) -> UTF-8 bytes of each target, int64 (n,).
 
     `lossless`: every piece counts what it decodes to. `challenge`: the challenge's table rule, in which a leading space
-    counts only after an ordinary token (its tokenizers collapse spaces). Control tokens, BOS among them, count zero.
+    counts only after an ordinary token (its tokenizers collapse spaces, so no piece has an inner one; where a foreign
+    one does, it is one byte too). Control tokens, BOS among them, count zero.
     """
     if rule not in ("lossless", "challenge"):
         raise ConfigError(f"byte_rule={rule}: must be lossless or challenge")
@@ -1068,7 +1148,7 @@ def make_byte_counter(tokenizer: Any, rule: str) -> Callable[[np.ndarray, np.nda
             piece = tokenizer.id_to_piece(token)
             if rule == "challenge" and piece.startswith("\u2581"):
                 leads[token], piece = 1, piece[1:]
-            counts[token] = len(piece.replace("\u2581", " ").encode() if rule == "lossless" else piece.encode())
+            counts[token] = len(piece.replace("\u2581", " ").encode())
     return lambda previous, target: counts[target] + leads[target] * ~boundary[previous]
 
 
@@ -1105,6 +1185,8 @@ def _check_manifest(manifest: Any) -> None:
             raise ValueError(f"{key} must be of type {kind.__name__}")
     if not train["shards"] or not val["shards"] or (manifest["byte_rule"] == "sidecar") != bool(val["sidecars"]):
         raise ValueError("training and validation need shards, and the byte rule sidecar needs sidecars")
+    if tokenizer["lossless"] and manifest["byte_rule"] == "challenge":
+        raise ValueError("the byte rule challenge is for lossy tokenizers")
     if tokenizer["lossless"] and manifest["source"] in ("wikitext2", "text") and type(val["bytes"]) is not int:
         raise ValueError("the bytes of the validation documents must be known")
 
@@ -1177,6 +1259,8 @@ def _count_validation_bytes(manifest: dict[str, Any], folder: Path, tokenizer: A
         counter = make_byte_counter(tokenizer, manifest["byte_rule"])
         counts = np.concatenate([[0], counter(tokens[:-1], tokens[1:])])
     expected, documents = manifest["val"]["counted_bytes"], manifest["val"].get("bytes")
+    if not counts.any():
+        raise ConfigError(f"DATA_PATH={folder}: the validation documents have no bytes, so there is nothing to score")
     if counts.sum() != expected:
         raise ConfigError(f"DATA_PATH={folder}: validation counts {counts.sum()} bytes, the manifest says {expected}")
     if manifest["tokenizer"]["lossless"] and documents is not None and documents != expected:
@@ -2129,6 +2213,24 @@ def make_forward(model: GPT, phase: int) -> Callable[[Tensor, Tensor | None, Del
     return forward
 
 
+class SiteProbe(dict):
+    """Deltas that add nothing anywhere and note the widths of every site they are asked for: site -> (in, out)."""
+
+    def __contains__(self, site: object) -> bool:
+        return True
+
+    def __getitem__(self, site: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda y, x: self.setdefault(site, (x.shape[-1], y.shape[-1])) and y
+
+
+def site_shapes(model: GPT, phase: int) -> dict[str, tuple[int, int]]:
+    """(in, out) of every named site of one phase, in the order of the forward, the head last."""
+    probe, tokens = SiteProbe(), torch.zeros(1, 2, dtype=torch.long, device=model.tok_emb.device)
+    with torch.no_grad():
+        model.logits(make_forward(model, phase)(tokens, None, probe), probe)
+    return dict(probe.items())
+
+
 def make_loss(model: GPT, phase: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """loss(tokens, targets, docs) -> mean nats of a batch, a scalar, for one phase of the plan."""
     forward = make_forward(model, phase)
@@ -2174,6 +2276,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str, che
     with torch.no_grad():
         for name, parameter in () if check_only else own.items():
             parameter.copy_(weights[name])
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names and fp32 bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def count_roles(model: nn.Module) -> dict[str, int]:
@@ -2454,9 +2564,10 @@ def pick_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     return True, compiler
 
 
-def make_compiled(function: Callable[..., Tensor], on: bool) -> Callable[..., Tensor]:
-    """The function through torch.compile as one graph, or as it is. The only caller of torch.compile."""
-    return torch.compile(function, fullgraph=True, dynamic=False) if on else function
+def make_compiled(function: Callable[..., Tensor], on: bool, dynamic: bool = False) -> Callable[..., Tensor]:
+    """The function through torch.compile as one graph, for one shape or for any, or as it is. The only caller of
+    torch.compile."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic) if on else function
 
 
 def compiled_graphs() -> int:
@@ -4267,10 +4378,11 @@ def least_log_factor(weights: Mapping[str, Tensor], routes: Mapping[str, Route])
 
 
 # ==== 13 EVALUATORS =========================================================================================
-# One number, honestly: nats of every validation target over the bytes of the documents. The windows are
-# planned before anything is scored and are the same for any number of ranks; the ledger counts each target,
-# and a score exists only if every target was counted once. bits_per_byte is the only function that divides by
-# bytes.
+# One number, honestly: nats of every validation target over the bytes of the documents. The referee owns the
+# tokens, the ledger and the clock; a predictor is a guest. It is shown a question without the answers, offers
+# logits over the whole vocabulary, which the referee normalises and scores, and only then is told the targets
+# and may learn. What runs where is planned beforehand and is the same for any number of ranks. To add an
+# evaluator: a plan, a guest, a row in EVALUATORS. bits_per_byte is the only function that divides by bytes.
 
 
 def bits_per_byte(nats: float, count: int) -> float:
@@ -4285,68 +4397,410 @@ class Window(NamedTuple):
     first: int
 
 
-def plan_contiguous(count: int, settings: EvalSettings) -> list[Window]:
-    """Windows side by side over `count` tokens; the last may be short. Targets are 1 .. count - 1."""
-    return [Window(start, min(start + settings.eval_seq_len, count - 1), start + 1)
-            for start in range(0, count - 1, settings.eval_seq_len)]
+class Round(NamedTuple):
+    """One forward, a window a row. `fresh` begins new rows; the first `more` rows go on in the job's next round."""
+    windows: list[Window]
+    fresh: bool = True
+    more: int = 0
+
+    def positions(self) -> int:
+        """Positions that the forward computes, padding included."""
+        return len(self.windows) * max(window.stop - window.start for window in self.windows)
 
 
-def plan_sliding(count: int, settings: EvalSettings) -> list[Window]:
-    """The first window scores all its targets, each later one EVAL_STRIDE new ones behind as much context as fits."""
-    windows = [Window(0, min(settings.eval_seq_len, count - 1), 1)]
-    while windows[-1].stop < count - 1:
-        stop = min(windows[-1].stop + settings.eval_stride, count - 1)
-        windows.append(Window(max(0, stop - settings.eval_seq_len), stop, windows[-1].stop + 1))
+# The rounds of a job share a state and follow each other. The jobs of a stage know nothing of each other, so they may
+# run anywhere, in any order. A stage begins when the one before is scored; its targets lie side by side.
+Job = tuple[Round, ...]
+Stage = list[Job]
+
+
+def slide(start: int, end: int, length: int, stride: int, opening: int) -> list[Window]:
+    """Windows over inputs [start, end): the first scores `opening` targets, each later one `stride` new ones behind as
+    much context as fits into `length`."""
+    windows = [Window(start, min(start + opening, end), start + 1)]
+    while windows[-1].stop < end:
+        stop = min(windows[-1].stop + stride, end)
+        windows.append(Window(max(start, stop - length), stop, windows[-1].stop + 1))
     return windows
 
 
-class Evaluator(NamedTuple):
-    """An evaluator: how it cuts the stream into windows, and its name in the challenge's closing lines."""
-    plan: Callable[[int, EvalSettings], list[Window]]
-    label: str
+def find_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of each document: inputs [start, end) from its BOS on; its last target is the next BOS, or the last
+    token. A BOS that ends the stream predicts nothing and is left out."""
+    starts = np.flatnonzero(tokens == BOS).tolist()
+    return [(start, end) for start, end in zip(starts, [*starts[1:], len(tokens) - 1], strict=True) if start < end]
 
 
-EVALUATORS: dict[str, Evaluator] = {
-    "contiguous": Evaluator(plan_contiguous, "roundtrip"),
-    "sliding": Evaluator(plan_sliding, "sliding_window"),
-}
+def in_batches(windows: list[Window], settings: EvalSettings) -> Stage:
+    """One job a batch of windows: as many rows as EVAL_BATCH_TOKENS hold, longest windows first."""
+    windows, stage, at = sorted(windows, key=lambda window: window.start - window.stop), [], 0
+    while at < len(windows):
+        rows = max(1, settings.eval_batch_tokens // (windows[at].stop - windows[at].start))
+        stage.append((Round(windows[at:at + rows]),))
+        at += rows
+    return stage
+
+
+def plan_contiguous(tokens: np.ndarray, config: Config) -> list[Stage]:
+    """Windows side by side over the stream; the last may be short."""
+    end, length = len(tokens) - 1, config.eval.eval_seq_len
+    return [in_batches([Window(start, min(start + length, end), start + 1) for start in range(0, end, length)],
+                       config.eval)]
+
+
+def plan_sliding(tokens: np.ndarray, config: Config) -> list[Stage]:
+    """Windows of EVAL_SEQ_LEN over the stream, EVAL_STRIDE new targets each."""
+    settings = config.eval
+    return [in_batches(slide(0, len(tokens) - 1, settings.eval_seq_len, settings.eval_stride, settings.eval_seq_len),
+                       settings)]
+
+
+def plan_document(tokens: np.ndarray, config: Config) -> list[Stage]:
+    """The same within each document, from its BOS on: no row holds a second one."""
+    settings = config.eval
+    windows = [slide(start, end, settings.eval_seq_len, settings.eval_stride, settings.eval_seq_len)
+               for start, end in find_documents(tokens)]
+    return [in_batches([window for row in windows for window in row], settings)]
+
+
+def _group_documents(spans: list[tuple[int, int]], settings: TTTSettings) -> Stage:
+    """Documents of similar length side by side, longest first: at most TTT_BATCH_SIZE rows, none below half of the
+    longest, which also says the size of their chunks. Rows that end drop out."""
+    left, groups = sorted(spans, key=lambda span: span[0] - span[1]), []
+    while left:
+        longest = left[0][1] - left[0][0]
+        count = sum(2 * (end - start) >= longest for start, end in left[:settings.ttt_batch_size])
+        spans, left = left[:count], left[count:]
+        chunk = next((size for upto, size in parse_chunk_steps(settings.ttt_short_score_first_steps)
+                      if longest <= upto), settings.ttt_chunk_size)
+        rows = [slide(start, end, settings.ttt_eval_seq_len, chunk, chunk) for start, end in spans]
+        groups.append(tuple(Round([row[number] for row in rows if number < len(row)], number == 0,
+                                  sum(number + 1 < len(row) for row in rows)) for number in range(len(rows[0]))))
+    return groups
+
+
+WARM_TRACKS = 8
+
+
+def plan_ttt(tokens: np.ndarray, config: Config) -> list[Stage]:
+    """Groups of documents, chunk by chunk. Strict: every document begins anew, so there is one stage, and any order is
+    the same. Declared modes: a warm start chains the groups of a track; each phase of the global update is a stage."""
+    settings, spans = config.ttt, find_documents(tokens)
+    prefix, phases = min(settings.phased_ttt_prefix_docs, len(spans)), settings.phased_ttt_num_phases
+    bounds = sorted({0, len(spans), *(prefix * number // phases for number in range(1, phases + 1))})
+    stages = [_group_documents(spans[low:high], settings) for low, high in itertools.pairwise(bounds)]
+    if settings.ttt_warm_start_a:
+        stages = [[sum((stage[index] for index in track), ()) for track in assign(stage, WARM_TRACKS) if track]
+                  for stage in stages]
+    return stages
+
+
+# The latency of one forward, counted in positions.
+STEP_POSITIONS = {"cpu": 256.0, "cuda": 16384.0}
+
+
+def assign(jobs: Stage, workers: int, step_positions: float = STEP_POSITIONS["cpu"]) -> list[list[int]]:
+    """Job numbers for each worker, a pure function of the plan: longest first, each to the one that has least so far.
+    A job costs the positions of its rounds and the latency of each."""
+    loads, shares = [(0.0, worker) for worker in range(workers)], [[] for _ in range(workers)]
+    costs = [sum(step_positions + item.positions() for item in job) for job in jobs]
+    for number in sorted(range(len(jobs)), key=lambda number: -costs[number]):
+        load, worker = heapq.heappop(loads)
+        shares[worker].append(number)
+        heapq.heappush(loads, (load + costs[number], worker))
+    return shares
 
 
 class Ledger:
-    """Counts how often each target was scored, and journals the order. Position 0 has no context and is no target."""
+    """Counts how often each target was scored, and journals scores and updates in their order, job by job. Position 0
+    has no context and is no target."""
 
     def __init__(self, count: int) -> None:
         self.scored = np.zeros(count, np.uint8)
-        self.journal: dict[int, str] = {}
+        self.journal: dict[tuple[int, int], str] = {}
+        self.updates: dict[tuple[int, int], int] = {}
 
-    def score(self, batch: int, windows: list[Window]) -> None:
+    def score(self, job: tuple[int, int], windows: Iterable[Window]) -> None:
         """Record that these windows' targets are scored now; CheckError for a target that was scored before."""
         for window in windows:
             span = self.scored[window.first:window.stop + 1]
             if window.first < 1 or span.any():
                 raise CheckError(f"targets {window.first}..{window.stop}: scored twice, or no targets")
             span += 1
-        self.journal[batch] = ";".join(f"score {window.first} {window.stop}" for window in windows)
+            self.journal[job] = self.journal.get(job, "") + f"score {window.first} {window.stop};"
+
+    def learn(self, job: tuple[int, int], windows: Iterable[Window]) -> None:
+        """Record an update that saw these windows' targets; CheckError where one of them is not scored yet."""
+        for window in windows:
+            if early := int((self.scored[window.first:window.stop + 1] == 0).sum()):
+                raise CheckError(f"targets {window.first}..{window.stop}: an update saw {early} of them before their "
+                                 "score")
+            self.journal[job] = self.journal.get(job, "") + f"learn {window.first} {window.stop};"
+        self.updates[job] = self.updates.get(job, 0) + 1
+
+    def merge(self, world: World, low: int, high: int) -> None:
+        """After a stage, all ranks know targets low..high as scored; CheckError unless each was exactly once."""
+        counts = torch.from_numpy(self.scored[low:high + 1].astype(np.int32)).to(world.device)
+        if missed := int((world.add_(counts) != 1).sum()):
+            raise CheckError(f"{missed} of {len(counts)} targets were not scored exactly once")
+        self.scored[low:high + 1] = 1
 
     def close(self, world: World) -> dict[str, Any]:
         """The `ledger` of result.json, over all ranks; CheckError unless every target was scored exactly once."""
-        counts = torch.from_numpy(self.scored.astype(np.int32)).to(world.device)
-        scored = world.add_(counts).cpu().numpy()
-        journal = {batch: text for part in world.gather(self.journal) for batch, text in part.items()}
-        if (missed := int((scored[1:] != 1).sum())) or scored[0]:
-            raise CheckError(f"{missed} of {len(scored) - 1} targets were not scored exactly once")
-        digest = hashlib.sha256("\n".join(journal[batch] for batch in sorted(journal)).encode()).hexdigest()
-        return {"targets": len(scored) - 1, "scored_once": True, "updates": 0, "journal_sha256": digest}
+        if missed := int((self.scored[1:] != 1).sum()) + int(self.scored[0]):
+            raise CheckError(f"{missed} of {len(self.scored) - 1} targets were not scored exactly once")
+        parts = world.gather((sum(self.updates.values()), self.journal))
+        journal = {job: text for _, part in parts for job, text in part.items()}
+        digest = hashlib.sha256("\n".join(journal[job] for job in sorted(journal)).encode()).hexdigest()
+        return {"targets": len(self.scored) - 1, "scored_once": True, "updates": sum(count for count, _ in parts),
+                "journal_sha256": digest}
+
+
+class Ask(NamedTuple):
+    """A question: inputs (B, T) int64 and their documents (B, T) or None, padded behind each row's last token. `places`
+    (S,) are the flat positions whose next token is asked for, row by row, `counts` of them in each row; the first
+    `more` rows go on afterwards."""
+    windows: list[Window]
+    tokens: Tensor
+    docs: Tensor | None
+    places: Tensor
+    counts: list[int]
+    more: int
+
+
+class Told(NamedTuple):
+    """What a guest is told after a stage: its first target's position, the tokens (n,) int64 of its targets, and the
+    notes (n, K) that the guest made for them."""
+    low: int
+    tokens: np.ndarray
+    notes: np.ndarray
+
+
+class Frozen:
+    """The model as it stands: the plain guest, and the interface of every other one. Lanes call it side by side, so
+    what changes within a job lives in the state that `begin` makes."""
+    # Whether what it offers are log-probabilities; the referee then refuses those that do not sum to one.
+    normalised = False
+    # How many numbers it notes for each target; the referee keeps them and tells them to `absorb` after the stage.
+    notes = 0
+
+    def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
+        self.config, self.world, self.phase, self.compiled = config, world, phase, compiled
+        self.use(model)
+
+    def use(self, model: GPT) -> None:
+        """Predict with this model."""
+        self.model, self.forward = model, make_compiled(make_forward(model, self.phase), self.compiled, dynamic=True)
+
+    def begin(self, rows: int, before: Any) -> Any:
+        """The state of new rows, given that of the rows before them in the same job, or None."""
+        return None
+
+    def predict(self, state: Any, ask: Ask, offer: Callable[[Tensor], None]) -> Tensor | None:
+        """Offer logits (any number of rows, V) for all places, in their order; return notes (S, K) where it makes any.
+        Must not look at inputs behind a place, nor keep anything."""
+        with torch.inference_mode():
+            hidden = self.forward(ask.tokens, ask.docs).flatten(0, 1)[ask.places]  # (S, D)
+            for start in range(0, len(hidden), HEAD_ROWS):
+                offer(self.model.logits(hidden[start:start + HEAD_ROWS]))
+
+    def learn(self, state: Any, ask: Ask, targets: Tensor) -> bool:
+        """Learn from the targets (S,) of the question just scored, for the rows that go on; whether it did."""
+        return False
+
+    def absorb(self, told: Told) -> bool:
+        """Learn from a whole stage, the same on every rank; whether it did."""
+        return False
+
+
+def add_matrix(weight: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """y (B, T, out) plus x (B, T, in) through a whole matrix (B, out, in)."""
+    return y + x @ weight.to(x.dtype).mT
+
+
+class Adapters:
+    """What a group of documents has learned: for each part of each addition a tensor (B, ...), a document a row, with
+    its average for scoring and Adam's moments."""
+
+    def __init__(self, guest: "TestTime", rows: int, before: "Adapters | None") -> None:
+        self.step, self.held = 0, None
+        self.values = [start.expand(rows, *start.shape).clone() for start in guest.starts]
+        if before is not None:
+            # A warm start: the halves that read the input go on as the row before left them.
+            for part in guest.warm:
+                kept = before.values[part][:rows]
+                self.values[part][:len(kept)] = kept
+        self.average = [part.clone() for part in self.values] if guest.settings.ttt_polyak_decay else self.values
+        self.firsts, self.seconds = ([torch.zeros_like(part) for part in self.values] for _ in range(2))
+
+
+class TestTime(Frozen):
+    """Score-first test-time training: each document has its own additions, which learn from each of its chunks once
+    that is scored. Strict: nothing of one document reaches another. Source: PR 1530 of the challenge and after."""
+    __test__ = False
+
+    def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
+        super().__init__(model, config, world, phase, compiled)
+        settings = self.settings = config.ttt
+        self.scale = settings.ttt_lora_alpha / max(1, settings.ttt_lora_rank)
+        self.adam = OptimSettings(beta1=settings.ttt_beta1, beta2=settings.ttt_beta2, adam_eps=1e-10)
+        rank, shapes, device = settings.ttt_lora_rank, site_shapes(model, phase), model.tok_emb.device
+        self.low = [site for site in shapes if rank and site.rpartition(".")[2] in settings.ttt_sites]
+        self.whole = [site for site in shapes if settings.ttt_down_lr and site.endswith(".down")]
+        self.starts: list[Tensor] = []
+        for site in self.low:
+            inputs, outputs = shapes[site]
+            generator = torch.Generator().manual_seed(stream_seed(config.run.seed, f"ttt {site}"))
+            drawn = torch.empty(rank, inputs).uniform_(-inputs ** -0.5, inputs ** -0.5, generator=generator)
+            self.starts += [drawn.to(device), torch.zeros(outputs, rank, device=device)]
+        self.warm, self.split = range(0, 2 * len(self.low), 2), 2 * len(self.low)
+        self.starts += [torch.zeros(shapes[site][::-1], device=device) for site in self.whole]
+        self.stream = np.array([BOS], np.int64)
+
+    def begin(self, rows: int, before: Adapters | None) -> Adapters:
+        return Adapters(self, rows, before if self.settings.ttt_warm_start_a else None)
+
+    def answer(self, leaves: list[Tensor], ask: Ask, rows: int) -> Tensor:
+        """Logits (S, V) at the places of the first `rows` rows, with the additions whose parts are given."""
+        deltas: dict[str, Any] = {site: Delta(a, b * self.scale) for site, a, b in
+                                  zip(self.low, leaves[:self.split:2], leaves[1:self.split:2], strict=True)}
+        deltas |= {site: functools.partial(add_matrix, weight)
+                   for site, weight in zip(self.whole, leaves[self.split:], strict=True)}
+        counts = ask.counts[:rows]
+        asked = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(ask.places.device)  # (B, C)
+        places = ask.places.new_zeros(asked.shape).masked_scatter_(asked, ask.places[:sum(counts)])
+        hidden = self.forward(ask.tokens[:rows], ask.docs, deltas)  # (B, T, D)
+        return self.model.logits(hidden.flatten(0, 1)[places], deltas)[asked]
+
+    def predict(self, state: Adapters, ask: Ask, offer: Callable[[Tensor], None]) -> Tensor | None:
+        rows = len(ask.windows)
+        keep = bool(ask.more and self.starts and self.settings.ttt_grad_steps and state.average is state.values)
+        # Where the score is taken with what is to be trained, its graph serves the first step.
+        with torch.set_grad_enabled(keep):
+            leaves = [part[:rows].detach().requires_grad_(keep) for part in state.average]
+            logits = self.answer(leaves, ask, rows)
+        state.held = (logits, leaves) if keep else None
+        offer(logits.detach())
+
+    def learn(self, state: Adapters, ask: Ask, targets: Tensor) -> bool:
+        settings, more = self.settings, ask.more
+        counts = torch.tensor(ask.counts[:more], device=targets.device)
+        share = (1 / counts).repeat_interleave(counts)
+        for _ in range(settings.ttt_grad_steps if self.starts else 0):
+            with torch.enable_grad():
+                if state.held is None:
+                    leaves = [part[:more].detach().requires_grad_() for part in state.values]
+                    state.held = self.answer(leaves, ask, more), leaves
+                (logits, leaves), state.held = state.held, None
+                losses = F.cross_entropy(logits[:len(share)], targets[:len(share)], reduction="none")
+                grads = torch.autograd.grad((losses * share).sum(), leaves)
+            state.step += 1
+            lines = [[part[:more] for part in parts] for parts in (state.values, grads, state.firsts, state.seconds)]
+            for kind, rate in ((slice(self.split), settings.ttt_lora_lr),
+                               (slice(self.split, None), settings.ttt_down_lr)):
+                if self.starts[kind]:
+                    adamw_update_(*(line[kind] for line in lines), state.step, rate, settings.ttt_weight_decay,
+                                  self.adam)
+            if settings.ttt_polyak_decay:
+                torch._foreach_lerp_(state.average, state.values, 1 - settings.ttt_polyak_decay)
+        return bool(self.starts and settings.ttt_grad_steps)
+
+    def absorb(self, told: Told) -> bool:
+        """Between phases: SGD on the whole model over all documents scored so far. The rows of a step are cut into the
+        same parts for any number of ranks, and their gradients are added in one order."""
+        settings, world = self.settings, self.world
+        if not settings.global_ttt_lr:
+            return False
+        if len(self.stream) == 1:
+            self.use(copy.deepcopy(self.model))
+            self.momenta = [torch.zeros_like(parameter) for parameter in self.model.parameters()]
+        self.stream = np.concatenate([self.stream, told.tokens])
+        loss, parameters = make_loss(self.model, self.phase), list(self.model.parameters())
+        length = min(settings.ttt_eval_seq_len, len(self.stream) - 1)
+        starts = range(0, len(self.stream) - length, length)
+        rows = max(1, settings.global_ttt_chunk_tokens // length)
+        steps = [starts[at:at + rows] for at in range(0, len(starts), rows)] * settings.global_ttt_epochs
+        for number, step in enumerate(steps):
+            grads = torch.zeros(GLOBAL_PARTS, sum(map(torch.numel, parameters)), device=world.device)
+            for part in range(world.rank, min(GLOBAL_PARTS, len(step)), world.size):
+                mine = [self.stream[start:start + length + 1] for start in step[part::GLOBAL_PARTS]]
+                batch = torch.from_numpy(np.stack(mine)).to(world.device)
+                docs = document_index(batch[:, :-1]) if self.config.data.doc_isolation else None
+                with torch.enable_grad():
+                    found = torch.autograd.grad(loss(batch[:, :-1], batch[:, 1:], docs) * (len(mine) / len(step)),
+                                                parameters, materialize_grads=True)
+                grads[part] = torch.cat([grad.flatten() for grad in found])
+            total = world.add_(grads).sum(0)
+            clip = settings.global_ttt_grad_clip
+            total *= min(1.0, clip / max(float(total.norm()), 1e-12)) if clip else 1.0
+            rate = settings.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / len(steps)))
+            parts = [part.view_as(parameter) for part, parameter in
+                     zip(total.split([parameter.numel() for parameter in parameters]), parameters, strict=True)]
+            torch._foreach_mul_(self.momenta, settings.global_ttt_momentum)
+            torch._foreach_add_(self.momenta, parts)
+            torch._foreach_add_([parameter.data for parameter in parameters], self.momenta, alpha=-rate)
+        return True
+
+
+GLOBAL_PARTS = 8
+
+
+def shrink_nothing(config: Config) -> dict[str, Any]:
+    """No cheaper settings."""
+    return {}
+
+
+def shrink_stride(config: Config) -> dict[str, Any]:
+    """Twice the stride, as far as the window goes."""
+    stride = min(2 * config.eval.eval_stride, config.eval.eval_seq_len)
+    return {"EVAL_STRIDE": stride} if stride > config.eval.eval_stride else {}
+
+
+def shrink_chunk(config: Config) -> dict[str, Any]:
+    """One chunk size for all documents, then twice that, as far as the context goes."""
+    if config.ttt.ttt_short_score_first_steps:
+        return {"TTT_SHORT_SCORE_FIRST_STEPS": ""}
+    chunk = min(2 * config.ttt.ttt_chunk_size, config.ttt.ttt_eval_seq_len)
+    return {"TTT_CHUNK_SIZE": chunk} if chunk > config.ttt.ttt_chunk_size else {}
+
+
+class Evaluator(NamedTuple):
+    """An evaluator: what it scores in which order, who predicts, its name in the challenge's closing lines, what to
+    change when time is short, and whether each of its rows lies within one document."""
+    plan: Callable[[np.ndarray, Config], list[Stage]]
+    guest: Callable[..., Frozen]
+    label: str
+    shrink: Callable[[Config], dict[str, Any]]
+    within: bool = False
+
+
+EVALUATORS: dict[str, Evaluator] = {
+    "contiguous": Evaluator(plan_contiguous, Frozen, "roundtrip", shrink_nothing),
+    "sliding": Evaluator(plan_sliding, Frozen, "sliding_window", shrink_stride),
+    "document": Evaluator(plan_document, Frozen, "document_window", shrink_stride, True),
+    "ttt": Evaluator(plan_ttt, TestTime, "legal_ttt", shrink_chunk, True),
+}
 
 
 class Score(NamedTuple):
-    """A finished score: summed nats, targets, their bytes, seconds, documents, and what the ledger says."""
-    nats: float
-    tokens: int
+    """A finished score: nats of every target (n,) float64, zero at position 0; bytes, seconds, documents, and what the
+    ledger says; `earlier` of the seconds belong to a process that was killed."""
+    by_target: np.ndarray
     bytes: int
     seconds: float
     documents: int
     ledger: dict[str, Any]
+    earlier: float
+
+    @property
+    def nats(self) -> float:
+        """The sum over all targets."""
+        return float(self.by_target.sum())
+
+    @property
+    def tokens(self) -> int:
+        """The number of targets."""
+        return len(self.by_target) - 1
 
     def entry(self) -> dict[str, Any]:
         """The score as it stands in result.json."""
@@ -4354,56 +4808,269 @@ class Score(NamedTuple):
                 "tokens": self.tokens, "bytes": self.bytes, "seconds": self.seconds, "documents": self.documents}
 
 
-def _score_batch(model: GPT, forward: Callable[..., Tensor], windows: list[Window], stream: Tensor, docs: Tensor | None,
-                 rows: int, length: int) -> float:
-    """Summed nats of one batch of windows, in float64. Short rows and absent rows are padded behind the last token,
-    where causality keeps them from mattering."""
-    tokens = stream.new_zeros(rows, length)
-    owners = None if docs is None else docs.new_full((rows, length), -1)
-    places, targets = [], []
-    for row, window in enumerate(windows):
-        size = window.stop - window.start
-        tokens[row, :size] = stream[window.start:window.stop]
-        if owners is not None:
-            owners[row, :size] = docs[window.start:window.stop]
-        first = window.first - 1 - window.start
-        places.append(torch.arange(row * length + first, row * length + size, device=stream.device))
-        targets.append(stream[window.first:window.stop + 1])
-    hidden = forward(tokens, owners).flatten(0, 1)[torch.cat(places)]  # (S, D)
-    wanted = torch.cat(targets)
-    nats = 0.0
-    for start in range(0, len(wanted), HEAD_ROWS):
-        logits = model.logits(hidden[start:start + HEAD_ROWS])
-        losses = F.cross_entropy(logits, wanted[start:start + HEAD_ROWS], reduction="none")
-        nats += losses.double().sum().item()
-    return nats
+class Journal:
+    """Finished jobs on disk, one file a rank, so that a killed evaluation goes on. A file is a line of JSON and raw
+    numbers for each job; what a kill has cut off at its end is dropped."""
+
+    def __init__(self, folder: Path, kind: str, key: str, world: World) -> None:
+        self.key, self.found, self.lock = key, {}, threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob(f"{kind}.*.journal")):
+            self._read(path)
+        # Every rank has read before any writes, and what rank 0 has read counts.
+        self.found = {job: self.found[job] for job in world.same(list(self.found))}
+        world.barrier()
+        self.file = open(folder / f"{kind}.{world.rank}.journal", "ab")
+        if self.file.tell():
+            self.file.write(b"\n")
+
+    def _read(self, path: Path) -> None:
+        """The records of one file that are whole and belong to this evaluation."""
+        data, at = path.read_bytes(), 0
+        while (end := data.find(b"\n", at)) >= 0:
+            line, at = data[at:end], end + 1
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                head = json.loads(line)
+                body = data[at:at + head["bytes"]]
+                if head["key"] == self.key and zlib.crc32(body) == head["crc"]:
+                    self.found[tuple(head["job"])] = {**head, "body": body}
+                    at += head["bytes"]
+
+    def write(self, job: tuple[int, int], nats: np.ndarray, notes: np.ndarray, ledger: Ledger, seconds: float) -> None:
+        """Add one finished job."""
+        body = nats.tobytes() + notes.tobytes()
+        head = {"key": self.key, "job": job, "bytes": len(body), "crc": zlib.crc32(body), "targets": len(nats),
+                "text": ledger.journal[job], "updates": ledger.updates.get(job, 0), "seconds": seconds}
+        with self.lock:
+            self.file.write(json.dumps(head).encode() + b"\n" + body + b"\n")
+            self.file.flush()
+
+    def recall(self, job: tuple[int, int], windows: list[Window], ledger: Ledger) -> tuple[np.ndarray, np.ndarray]:
+        """Nats and notes of a job that was finished before; it enters the ledger as it did then."""
+        record = self.found[job]
+        count, body = record["targets"], record["body"]
+        ledger.score(job, windows)
+        ledger.journal[job], ledger.updates[job] = record["text"], record["updates"]
+        return np.frombuffer(body, count=count), np.frombuffer(body, np.float32, offset=8 * count).reshape(
+            count, (len(body) - 8 * count) // (4 * count))
 
 
-def score(kind: str, model: GPT, val: Validation, config: Config, world: World, clock: Callable[[], float],
-          phase: int = -1) -> Score:
-    """Score the whole validation split with the evaluator `kind`. The sum does not depend on the number of ranks: batch
-    i goes to rank i mod size, whole, and the batches' sums are added in their order."""
-    began = clock()
-    settings, count = config.eval, len(val.tokens)
-    windows = EVALUATORS[kind].plan(count, settings)
-    rows = max(1, settings.eval_batch_tokens // settings.eval_seq_len)
-    stream = torch.from_numpy(val.tokens).to(world.device)
-    docs = document_index(stream) if config.data.doc_isolation else None
-    forward = make_forward(model, phase % len(model.phases))
-    ledger, sums = Ledger(count), {}
-    parts = [windows[start:start + rows] for start in range(0, len(windows), rows)]
+def targets_of(windows: Iterable[Window]) -> np.ndarray:
+    """Positions of the windows' targets, in their order (S,) int64."""
+    return np.concatenate([np.arange(window.first, window.stop + 1) for window in windows])
 
-    def work(part: list[Window]) -> float:
-        with torch.inference_mode():
-            return _score_batch(model, forward, part, stream, docs, rows, settings.eval_seq_len)
 
-    mine = range(world.rank, len(parts), world.size)
-    for batch, nats in zip(mine, world.each(work, [parts[batch] for batch in mine]), strict=True):
-        sums[batch] = nats
-        ledger.score(batch, parts[batch])
-    everyone = {batch: nats for part in world.gather(sums) for batch, nats in part.items()}
-    nats = sum(everyone[batch] for batch in sorted(everyone))
-    return Score(nats, count - 1, int(val.bytes.sum()), clock() - began, val.documents, ledger.close(world))
+class Referee:
+    """Asks a guest one job after the other, scores what it offers, and only then lets it learn."""
+
+    def __init__(self, val: Validation, config: Config, world: World, clock: Callable[[], float], within: bool,
+                 watch: Callable[[np.ndarray, Tensor], None] | None = None) -> None:
+        self.tokens, self.world, self.clock, self.watch = val.tokens, world, clock, watch
+        self.docs = None if within or not config.data.doc_isolation else np.cumsum(val.tokens == BOS)
+        self.vocab_size, self.budget = config.data.vocab_size, config.eval.eval_budget_seconds
+        self.ledger, self.nats = Ledger(len(val.tokens)), np.zeros(len(val.tokens))
+        self.told: dict[tuple[int, int], np.ndarray] = {}
+        self.deadline = math.inf
+
+    def ask(self, item: Round) -> tuple[Ask, np.ndarray]:
+        """The question of a round, and the positions of its targets. Target tokens are shown as inputs only where they
+        are the past of a later target."""
+        starts, stops, firsts = (np.array(column)[:, None] for column in zip(*item.windows, strict=True))
+        index = starts + np.arange(int((stops - starts).max()))  # (B, T)
+        live, device = index < stops, self.world.device
+        index = np.where(live, index, 0)
+        tokens = torch.from_numpy(np.where(live, self.tokens[index], 0)).to(device)
+        docs = None if self.docs is None else torch.from_numpy(np.where(live, self.docs[index], -1)).to(device)
+        asked = live & (index >= firsts - 1)
+        places = torch.from_numpy(np.flatnonzero(asked)).to(device)
+        return Ask(item.windows, tokens, docs, places, asked.sum(1).tolist(), item.more), index[asked] + 1
+
+    def settle(self, guest: Frozen, targets: Tensor, at: np.ndarray, heard: list[Tensor], values: Tensor) -> None:
+        """Score the next rows of a guest's offer, (rows, V), with the normaliser that the referee computes itself."""
+        done = sum(map(len, heard))
+        wanted = targets[done:done + len(values)]
+        if values.shape != (len(wanted), self.vocab_size):
+            raise CheckError(f"a predictor offered {tuple(values.shape)} for {len(wanted)} targets of VOCAB_SIZE="
+                             f"{self.vocab_size}")
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if guest.normalised and (off := float(values.logsumexp(-1).abs().max())) > 1e-4:
+            raise CheckError(f"targets {at[done]}..{at[done + len(values) - 1]}: what a predictor calls probabilities "
+                             f"sums to e^{off:.4g} or its inverse, must be 1")
+        heard.append(F.cross_entropy(values, wanted, reduction="none").double())
+        if self.watch is not None:
+            self.watch(at[done:done + len(values)], values)
+
+    def play(self, guest: Frozen, number: tuple[int, int], job: Job) -> tuple[np.ndarray, np.ndarray]:
+        """One job, on this rank: nats (S,) and notes (S, K) of its targets, in the order of its rounds."""
+        state, heard, notes = None, [], [np.zeros((0, guest.notes), np.float32)]
+        for item in job:
+            if self.clock() > self.deadline:
+                raise CheckError(f"EVAL_BUDGET_SECONDS={self.budget:g}: spent, and targets are left; the same RUN_ID "
+                                 "goes on with a larger one, EVAL_SHRINK=1 takes settings that fit")
+            ask, at = self.ask(item)
+            targets = torch.from_numpy(self.tokens[at]).to(self.world.device)
+            state = guest.begin(len(item.windows), state) if item.fresh else state
+            offers: list[Tensor] = []
+            made = guest.predict(state, ask, functools.partial(self.settle, guest, targets, at, offers))
+            if sum(map(len, offers)) != len(targets):
+                raise CheckError(f"targets {at[0]}..{at[-1]}: a predictor left some out")
+            self.ledger.score(number, item.windows)
+            heard += offers
+            if made is not None:
+                notes.append(made.float().cpu().numpy())
+            if item.more and guest.learn(state, ask, targets):
+                self.ledger.learn(number, item.windows[:item.more])
+        nats = torch.cat(heard).cpu().numpy()
+        if not np.isfinite(nats).all():
+            raise CheckError(f"{np.isnan(nats).sum()} targets scored NaN and {np.isinf(nats).sum()} infinity nats")
+        return nats, np.concatenate(notes)
+
+    def enter(self, number: tuple[int, int], job: Job, nats: np.ndarray, notes: np.ndarray) -> None:
+        """Put the result of a job where it belongs."""
+        at = targets_of(window for item in job for window in item.windows)
+        self.nats[at] = nats
+        if notes.size:
+            self.told[number] = notes
+
+    def close_stage(self, guest: Frozen, number: int, stage: Stage, last: bool) -> None:
+        """All ranks learn the scores of a stage; then the guest is told its targets, unless nothing follows."""
+        windows = [[window for item in job for window in item.windows] for job in stage]
+        low = min(window.first for row in windows for window in row)
+        high = max(window.stop for row in windows for window in row)
+        self.ledger.merge(self.world, low, high)
+        nats = torch.from_numpy(self.nats[low:high + 1]).to(self.world.device)
+        self.nats[low:high + 1] = self.world.add_(nats).cpu().numpy()
+        if last:
+            return
+        notes = np.zeros((high + 1 - low, guest.notes), np.float32)
+        for job, row in enumerate(windows):
+            if (number, job) in self.told:
+                notes[targets_of(row) - low] = self.told.pop((number, job))
+        if guest.notes:
+            notes = self.world.add_(torch.from_numpy(notes).to(self.world.device)).cpu().numpy()
+        if guest.absorb(Told(low, self.tokens[low:high + 1], notes)) and self.world.first:
+            self.ledger.learn((number, len(stage)), [Window(low - 1, high, low)])
+
+
+def make_guest(kind: str, model: GPT, config: Config, world: World, phase: int = -1, compiled: bool = False) -> Frozen:
+    """The predictor of an evaluator, for one phase of the plan."""
+    return EVALUATORS[kind].guest(model, config, world, phase % len(model.phases), compiled)
+
+
+def score(kind: str, guest: Frozen, val: Validation, config: Config, world: World, clock: Callable[[], float],
+          journal: Path | None = None, watch: Callable[[np.ndarray, Tensor], None] | None = None,
+          deadline: float = math.inf) -> Score:
+    """Score the whole validation split with the evaluator `kind`. The result does not depend on the number of ranks:
+    jobs are whole, each is one rank's, and every target's nats stand at its own place before they are added.
+
+    `journal` is the folder of the journals: jobs found there are not played again. `watch` sees positions and offered
+    rows (the audit). After `deadline` on the clock the score is given up, exit 3.
+    """
+    began, row = clock(), EVALUATORS[kind]
+    stages = row.plan(val.tokens, config)
+    referee = Referee(val, config, world, clock, row.within, watch)
+    referee.deadline, found, kept = deadline, {}, None
+    if journal is not None:
+        what = repr((kind, guest.phase, config.data, config.model, config.eval, config.ttt, config.run.seed))
+        weights = weights_digest({name: part.detach().cpu() for name, part in guest.model.named_parameters()})
+        key = hashlib.sha256(val.tokens.tobytes() + (what + weights).encode()).hexdigest()
+        kept = Journal(journal, kind, key, world)
+        found = kept.found
+    before = max((record["seconds"] for record in found.values()), default=0.0)
+
+    def work(number: tuple[int, int]) -> None:
+        job = stages[number[0]][number[1]]
+        nats, notes = referee.play(guest, number, job)
+        referee.enter(number, job, nats, notes)
+        if kept is not None:
+            kept.write(number, nats, notes, referee.ledger, before + clock() - began)
+
+    for number, stage in enumerate(stages):
+        todo = [job for job in range(len(stage)) if (number, job) not in found]
+        for job in range(len(stage)) if world.first else ():
+            if (number, job) in found:
+                windows = [window for item in stage[job] for window in item.windows]
+                referee.enter((number, job), stage[job], *kept.recall((number, job), windows, referee.ledger))
+        mine = assign([stage[job] for job in todo], world.size, STEP_POSITIONS[world.device.type])[world.rank]
+        world.each(work, [(number, todo[index]) for index in mine])
+        referee.close_stage(guest, number, stage, number + 1 == len(stages))
+    return Score(referee.nats, int(val.bytes.sum()), before + clock() - began, val.documents,
+                 referee.ledger.close(world), before)
+
+
+class Pace(NamedTuple):
+    """Seconds of a round with all that belongs to it: a part for itself and a part for each of its positions."""
+    round: float
+    position: float
+
+    def seconds(self, stages: list[Stage], workers: int) -> float:
+        """Of a whole plan on so many workers (ranks times lanes), each stage as long as its longest share."""
+        total = 0.0
+        for stage in stages:
+            costs = [sum(self.round + self.position * item.positions() for item in job) for job in stage]
+            shares = assign(stage, workers, self.round / max(self.position, 1e-12))
+            total += max(sum(costs[job] for job in share) for share in shares)
+        return total
+
+
+def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, world: World,
+             clock: Callable[[], float]) -> Pace:
+    """The pace of an evaluator, from its largest round and from one row of it, on random tokens: never on validation
+    tokens. It is the warm-up too, compilation included. Every rank gets rank 0's figures."""
+    widest = max((item for stage in stages for job in stage for item in job), key=Round.positions)
+    learns = any(item.more for stage in stages for job in stage for item in job)
+    rng = np.random.default_rng(stream_seed(config.run.seed, "rehearsal"))
+
+    def trial(rows: int) -> float:
+        windows, at = [], 0
+        for start, stop, first in widest.windows[:rows]:
+            windows.append(Window(at, at + stop - start, at + first - start))
+            at += stop - start + 1
+        tokens = rng.integers(BOS + 1, config.data.vocab_size, at)
+        scratch = Referee(Validation(tokens, tokens, 1, True), config, world, clock, True)
+        began = clock()
+        scratch.play(guest, (0, 0), (Round(windows, True, len(windows) if learns else 0),))
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - began
+
+    def median(rows: int) -> float:
+        return statistics.median(max(world.each(trial, [rows] * world.lanes)) for _ in range(3))
+
+    trial(len(widest.windows))
+    small, full, rows = median(1), median(len(widest.windows)), len(widest.windows)
+    length = widest.positions() // rows
+    position = max(full - small, 0.0) / (length * (rows - 1)) if rows > 1 else full / length
+    return Pace(*world.same((max(small - position * length, 0.0), position)))
+
+
+def shrink_to_fit(config: Config, tokens: np.ndarray, paces: Mapping[str, Pace], workers: int, seconds: float
+                  ) -> tuple[dict[str, Any], dict[str, float]]:
+    """Settings to change so that all evaluators fit into the seconds, and the forecast with them; where nothing fits,
+    the cheapest there are. The dearest evaluator that can give way does so first."""
+    changes: dict[str, Any] = {}
+    while True:
+        forecast = {kind: pace.seconds(EVALUATORS[kind].plan(tokens, config), workers) for kind, pace in paces.items()}
+        steps = {kind: step for kind in paces if (step := EVALUATORS[kind].shrink(config))}
+        if sum(forecast.values()) <= seconds or not steps:
+            return changes, forecast
+        step = steps[max(steps, key=lambda kind: forecast[kind])]
+        changes, config = changes | step, with_settings(config, step)
+
+
+def document_table(val: Validation, scores: Mapping[str, Score]) -> dict[str, np.ndarray]:
+    """For the pictures: targets, bytes and nats by document (documents,), and the same by position in the document, in
+    bins that double: bin i holds the targets 2^i .. 2^(i+1) - 1 tokens behind their BOS."""
+    starts = np.flatnonzero(val.tokens == BOS)
+    owner = np.searchsorted(starts, np.arange(len(val.tokens) - 1), side="right") - 1
+    place = np.log2(np.arange(1, len(val.tokens)) - starts[owner]).astype(np.int64)
+    table = {}
+    for name, index in (("document", owner), ("position", place)):
+        table[f"{name}_targets"] = np.bincount(index)
+        table[f"{name}_bytes"] = np.bincount(index, val.bytes[1:])
+        for kind, found in scores.items():
+            table[f"{name}_nats_{kind}"] = np.bincount(index, found.by_target[1:])
+    return table
 
 
 # ==== 14 MAIN ===============================================================================================
@@ -4565,6 +5232,10 @@ class Run:
             self.log.line(f"val_loader:shards path={self.config.data.data_path} tokens:{len(val.tokens) - 1}")
             self.log.line(f"val_tokens: {len(val.tokens) - 1} val_bytes:{val.bytes.sum()} "
                           f"val_documents:{val.documents} tokenizer:{'lossless' if val.lossless else 'lossy'}")
+            if not val.lossless:
+                size = self.dataset.manifest["val"].get("bytes")
+                self.log.line(f"declared: the tokenizer is lossy; scored are {val.bytes.sum()} bytes, what it decodes "
+                              f"to; its documents have {'an unknown number' if size is None else size}")
             if common := self.dataset.manifest["disjoint"]["common"]:
                 self.log.line(f"declared: {common} validation documents also stand in the published training shards")
             self.log.line(f"train_shards: {len(self.dataset.train.shards)} train_tokens:{len(self.dataset.train)} "
@@ -4578,14 +5249,32 @@ class Run:
         return model.to(self.world.device)
 
     def score(self, kind: str, model: GPT, phase: int = -1) -> Score:
-        """One evaluator's score of a model."""
-        return score(kind, model, self.data().val, self.config, self.world, self.clock, phase)
+        """One evaluator's score of a model, as a diagnostic."""
+        guest = make_guest(kind, model, self.config, self.world, phase)
+        return score(kind, guest, self.data().val, self.config, self.world, self.clock)
 
     def keep(self, **parts: Any) -> None:
         """Put parts into result.json, at once."""
         self.result |= parts
         if self.world.first:
             write_json(self.folder / "result.json", self.result)
+
+    def pinned(self) -> dict[str, Any]:
+        """The settings that an earlier EVAL_SHRINK chose for this run or for the one it comes from; words win."""
+        kept: dict[str, Any] = {}
+        for folder in (self.source, self.folder):
+            path = folder / "config.json"
+            kept |= read_json_object(path, str(folder)).get("eval_shrunk", {}) if path.exists() else {}
+        return {name: value for name, value in kept.items()
+                if self.config.origins.get(name) not in ("environment", "argument")}
+
+    def pin(self, changes: Mapping[str, Any]) -> None:
+        """Keep what EVAL_SHRINK chose in config.json."""
+        if self.world.first:
+            path = self.folder / "config.json"
+            held = read_json_object(path, str(path))
+            write_json(path, held | {"eval_shrunk": {**held.get("eval_shrunk", {}), **changes}})
+        self.world.barrier()
 
     @functools.cached_property
     def code_bytes(self) -> int:
@@ -4691,14 +5380,6 @@ def load_calibration(run: Run) -> Calibration | None:
             run.log.line(f"calibration:{path} of {tokens} tokens")
             return Calibration(held, slopes, tokens)
     return None
-
-
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names and fp32 bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Built(NamedTuple):
@@ -4875,36 +5556,79 @@ def stage_reload(run: Run) -> None:
     run.log.line(f"reloaded:{run.folder / 'artifact.bin'} in {seconds:.1f}s, {compared}")
 
 
+def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> Config:
+    """Rehearse all evaluators, print how long each will take, and see that the budget holds them: exit 3 with settings
+    that would fit, or, with EVAL_SHRINK, those settings, which config.json then keeps for every later evaluation."""
+    tokens, world, budget = run.data().val.tokens, run.world, config.eval.eval_budget_seconds
+    workers, began = world.size * world.lanes, run.clock()
+    paces = {kind: rehearse(kind, guest, EVALUATORS[kind].plan(tokens, config), config, world, run.clock)
+             for kind, guest in guests.items()}
+    spent = run.clock() - began
+    _, forecast = shrink_to_fit(config, tokens, paces, workers, math.inf)
+    total = sum(forecast.values())
+    run.log.line(f"eval_forecast: {' '.join(f'{kind}:{seconds:.1f}s' for kind, seconds in forecast.items())} "
+                 f"warm_up:{spent:.1f}s of EVAL_BUDGET_SECONDS={budget:g}")
+    run.log.event("eval_forecast", seconds=forecast, warm_up=spent)
+    # The forecast comes from a rehearsal; rank 0's clock decides for all.
+    if not budget or world.same(total + spent) <= budget:
+        return config
+    changes, after = shrink_to_fit(config, tokens, paces, workers, world.same(budget - spent))
+    words, seconds = " ".join(f"{name}={show_value(value)}" for name, value in changes.items()), sum(after.values())
+    if not changes or world.same(seconds + spent) > budget:
+        raise CheckError(f"EVAL_BUDGET_SECONDS={budget:g}: the evaluation would take {total + spent:.0f} s, and "
+                         f"{seconds + spent:.0f} s with the cheapest settings ({words or 'these'}); name fewer "
+                         "evaluators in EVAL, or allow more seconds")
+    if not config.eval.eval_shrink:
+        raise CheckError(f"EVAL_BUDGET_SECONDS={budget:g}: the evaluation would take {total + spent:.0f} s; {words} "
+                         f"would take {seconds + spent:.0f} s, and EVAL_SHRINK=1 takes them")
+    run.log.line(f"EVAL_SHRINK: {words}, forecast {seconds:.1f}s; kept in config.json")
+    run.pin(changes)
+    return with_settings(config, changes)
+
+
 def stage_evaluate(run: Run) -> None:
     """Score the artifact on disk with every evaluator, then, as a diagnostic, the float weights."""
-    config, began = run.config, run.clock()
-    model = _loaded(run)
-    scores: dict[str, Any] = {}
-    ledger: dict[str, Any] = {"updates": 0, "journals": {}}
-    for kind in config.eval.eval:
-        found = run.score(kind, model)
-        scores[kind] = found.entry()
+    began = run.clock()
+    model, val, scores = _loaded(run), run.data().val, {}
+    config = with_settings(run.config, run.pinned())
+    if pinned := run.pinned():
+        run.log.line(f"EVAL_SHRINK: as before, {' '.join(f'{name}={show_value(pinned[name])}' for name in pinned)}")
+    guests = {kind: make_guest(kind, model, config, run.world, compiled=run.compiled)
+              for kind in config.eval.eval}
+    config = fit_evaluation(run, config, guests)
+    deadline = began + config.eval.eval_budget_seconds if config.eval.eval_budget_seconds else math.inf
+    journals = run.folder / "journal"
+    ledger: dict[str, Any] = {"updates": 0, "scored_once": True, "journals": {}}
+    for kind, guest in guests.items():
+        found = scores[kind] = score(kind, guest, val, config, run.world, run.clock, journals, deadline=deadline)
         ledger |= {"targets": found.ledger["targets"], "updates": ledger["updates"] + found.ledger["updates"],
-                   "scored_once": ledger.get("scored_once", True) and found.ledger["scored_once"]}
+                   "scored_once": ledger["scored_once"] and found.ledger["scored_once"]}
         ledger["journals"][kind] = found.ledger["journal_sha256"]
         label = f"final_{artifact_label(config.artifact).replace('+', '_')}_{EVALUATORS[kind].label}"
-        entry = scores[kind]
+        entry = found.entry()
         run.log.line(f"{label} val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f} "
                      f"eval_time:{found.seconds * 1000:.0f}ms")
         run.log.line(f"{label}_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}")
         run.log.event("score", evaluator=kind, **{key: entry[key] for key in entry if key != "documents"})
-    seconds = run.clock() - began
+    seconds = run.clock() - began + sum(found.earlier for found in scores.values())
     path = run.folder / "checkpoint.pt"
     if path.exists():
         held = load_checkpoint(path)
         load_weights(model, exported_weights(run, held), f"RUN_ID={run.folder.name}: {path}")
-        scores["float"] = run.score("contiguous", model).entry()
-        run.log.line(f"diagnostic pre-quantization val_loss:{scores['float']['val_loss']:.4f} "
-                     f"val_bpb:{scores['float']['val_bpb']:.4f}")
+        scores["float"] = run.score("contiguous", model)
+        entry = scores["float"].entry()
+        run.log.line(f"diagnostic pre-quantization val_loss:{entry['val_loss']:.4f} val_bpb:{entry['val_bpb']:.4f}")
     ledger["journal_sha256"] = hashlib.sha256(" ".join(ledger["journals"].values()).encode()).hexdigest()
-    run.log.line(f"ledger: targets:{ledger['targets']} scored_once:{ledger['scored_once']} updates:{ledger['updates']}")
+    run.log.line(f"ledger: targets:{ledger['targets']} scored_once:{ledger['scored_once']} "
+                 f"updates:{ledger['updates']}")
     run.log.line(f"total_eval_time: {seconds:.1f}s")
-    run.keep(scores=scores, ledger=ledger, eval_seconds=seconds)
+    if run.world.first:
+        table = io.BytesIO()
+        np.savez_compressed(table, **document_table(val, scores))
+        write_atomic(run.folder / "documents.npz", table.getvalue())
+    run.keep(scores={kind: found.entry() for kind, found in scores.items()}, ledger=ledger, eval_seconds=seconds)
+    if run.world.first:
+        shutil.rmtree(journals, ignore_errors=True)
 
 
 def _tool(run: Run, name: str) -> str | None:

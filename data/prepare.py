@@ -87,7 +87,8 @@ TOKENIZER_SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 # What a tokenizer must give back to be called lossless where no text is at hand to try it on.
-LOSSLESS_PROBES = (" a", "a  b ", "\n\n \n", "\r\n\t\0", "Ａ①ﬁ", "e\u0301\xe9", "\u200b\xa0", "x\u2581y")
+LOSSLESS_PROBES = (" a", "a  b ", "\n\n \n", "\r\n\t\0", "Ａ①ﬁ", "e\u0301\xe9", "\u200b\xa0", "x\u2581y",
+                   bytes(range(256)).decode("latin-1"))
 
 
 FINEWEB_LICENSE = "FineWeb (HuggingFaceFW/fineweb), ODC-By 1.0; the web pages' own terms apply to their text"
@@ -556,6 +557,8 @@ def write_split(
     if split == "val":
         if byte_rule == "lossless" and counted != total:
             raise DataError(f"the validation tokens count {counted} bytes, the documents have {total}")
+        if not counted:
+            raise DataError("the validation documents have no bytes, so there is nothing to score")
         entry["counted_bytes"] = counted
     entry["shards"] = writer.close()
     return entry, hashes
@@ -623,6 +626,8 @@ def report(target: Path, manifest: Mapping[str, object]) -> None:
         rate = f", {size / split['tokens']:.3f} bytes a token" if size else ""
         shards = len(split["shards"])
         say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens{rate}, {shards} shard(s)")
+    if not manifest["tokenizer"]["lossless"] and val["bytes"] is not None:
+        say(f"the tokenizer is lossy: val counts {val['counted_bytes']:,} bytes, its documents have {val['bytes']:,}")
     say(f"wrote {shown(target)}; train on it with")
     say(f"    DATA_PATH={shlex.quote(shown(target))} VOCAB_SIZE={vocab_size} ./run.sh")
 

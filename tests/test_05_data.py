@@ -102,8 +102,8 @@ def test_byte_rules():
     lossless = make_byte_counter(FakeTokenizer(), "lossless")
     assert lossless(np.zeros(7, np.int64), tokens).tolist() == [0, 0, 1, 6, 3, 1, 3]
     challenge = make_byte_counter(FakeTokenizer(), "challenge")
-    assert challenge(np.full(7, 4), tokens).tolist() == [0, 0, 1, 6, 3, 1, 5]
-    assert challenge(np.zeros(7, np.int64), tokens).tolist() == [0, 0, 1, 5, 3, 0, 5]
+    assert challenge(np.full(7, 4), tokens).tolist() == [0, 0, 1, 6, 3, 1, 3]
+    assert challenge(np.zeros(7, np.int64), tokens).tolist() == [0, 0, 1, 5, 3, 0, 3]
     with pytest.raises(ConfigError, match="byte_rule=guess"):
         make_byte_counter(FakeTokenizer(), "guess")
 
