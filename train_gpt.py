@@ -14,7 +14,7 @@ Sections, in order; each uses only what stands above it:
     02 SETTINGS     every setting once: default, unit, bounds, one line of help
     03 PRESETS      the systems as rows, the overlays, and how a configuration is resolved
     04 RUNTIME      ranks, clocks, random streams, the log, atomic files
-    05 DATA         shards, the manifest, token streams, batches, bytes per token
+    05 DATA         shards, the manifest, token streams, batches, bytes per token, counts of n-grams
     06 KERNELS      one record an operation: plain reference, fast twin, when the twin is usable
     07 FORMATS      float tensor <-> integer codes and scales; who gets which; the solvers of the codes
     08 LAYERS       linear with sites, rotary, attention, feed-forward
@@ -110,7 +110,7 @@ def group(cls: type) -> type:
 
 GROUP_TEXTS = {"run": "what is run, and where its results go", "data": "tokens", "model": "the network",
                "optim": "optimizers and schedules", "train": "the loop", "artifact": "the squeeze", "eval": "the score",
-               "ttt": "test-time training (EVAL names ttt)",
+               "ttt": "test-time training (EVAL names ttt)", "ngram": "the n-gram mixture (EVAL names ngram)",
                "system": "the machine"}
 
 
@@ -157,6 +157,7 @@ class ModelSettings:
     skip_gates_enabled: bool = setting(False, "skips are mixed in through a learned gate instead of added")
     logit_softcap: float = setting(30.0, "logits are bent into +-this by tanh; 0 leaves them", low=0.0)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the embedding at the start", low=0.0)
+    ngram_head: bool = setting(False, "a head that weighs the model against n-grams, for NGRAM_GATE=head")
     matrix_init: str = setting("uniform", "start of matrices that do not end a branch (those start at zero)",
                                choices=("uniform", "orthogonal"))
 
@@ -203,6 +204,8 @@ class TrainSettings:
                                   low=0)
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0 writes the last one only",
                                         unit="seconds", low=0.0)
+    complement_alpha: float = setting(0.0, "the loss of a target falls with the share that earlier training pairs gave "
+                                      "it, down to a tenth; 0 is off", low=0.0, high=1.0)
     sync_check_every: int = setting(500, "steps between checks that all ranks hold the same weights", unit="steps",
                                     low=1)
 
@@ -261,7 +264,7 @@ class ArtifactSettings:
     target_bytes: int = setting(LIMIT_BYTES, "code plus model may not be larger", unit="bytes", low=1, high=LIMIT_BYTES)
 
 
-EVALUATOR_NAMES = ("contiguous", "sliding", "document", "ttt")
+EVALUATOR_NAMES = ("contiguous", "sliding", "document", "ttt", "ngram")
 
 
 @group
@@ -271,6 +274,9 @@ class EvalSettings:
     eval_stride: int = setting(64, "new targets per window of the sliding evaluator", unit="tokens", low=1)
     eval_batch_tokens: int = setting(65536, "tokens of one forward in evaluation", unit="tokens", low=1)
     eval_budget_seconds: float = setting(600.0, "budget of the evaluators together; 0 is none", unit="seconds", low=0.0)
+    audit: bool = setting(False, "try to make each evaluator break the rules, on the artifact and a slice of the "
+                          "validation split", scope="run")
+    audit_tokens: int = setting(4096, "targets of that slice, in whole documents", unit="tokens", low=2, scope="run")
     eval_shrink: bool = setting(False, "where the forecast is over the budget, take settings that fit and keep them",
                                 scope="run")
 
@@ -309,6 +315,38 @@ class TTTSettings:
     global_ttt_grad_clip: float = setting(1.0, "norm of its gradient; 0 is off", low=0.0)
 
 
+MIXER_OUTPUTS = 8
+GATE_NAMES = ("learned", "entropy", "multipliers", "cubric", "head", "tilt")
+
+
+@group
+class NgramSettings:
+    ngram_gate: str = setting("learned", "how model and n-grams share: learned online, the challenge's gates, a head "
+                              "of the model, or the token tilt", choices=GATE_NAMES)
+    ngram_eval_order: int = setting(6, "highest order; each from 2 up is an expert", low=2, high=32)
+    ngram_chunk_tokens: int = setting(65536, "targets scored between two updates of the counts", unit="tokens", low=1)
+    ngram_discount: float = setting(0.5, "what each count gives to the next lower order", low=0.01, high=0.99)
+    ngram_eval_min_count: int = setting(2, "counts behind a context before the gates entropy, multipliers and cubric "
+                                        "use it", low=1)
+    ngram_eval_alpha_min: float = setting(0.05, "their smallest share of the n-grams", low=0.0, high=1.0)
+    ngram_eval_alpha_max: float = setting(0.6, "their largest", low=0.0, high=1.0)
+    ngram_eval_entropy_center: float = setting(4.0, "the model's entropy at the middle between the two", unit="nats",
+                                               low=0.0)
+    ngram_eval_entropy_scale: float = setting(2.0, "how sharply the share rises there", low=0.0)
+    ngram_entropy_shift: float = setting(0.25, "that middle falls by this with every order", unit="nats", low=0.0)
+    ngram_order_mults: tuple[float, ...] = setting((0.3, 0.3, 0.97, 2.0), "factors of the share by order, from 2 up, "
+                                                   "the last for all later ones", low=0.0)
+    token_order: tuple[float, ...] = setting((16.0,), "orders of the token tilt, rising", low=2, high=64)
+    token_threshold: tuple[float, ...] = setting((0.8,), "share of its context that a hint must have, by order",
+                                                 low=0.0, high=1.0)
+    token_min_count: tuple[float, ...] = setting((1.0,), "counts behind its context, by order", low=1)
+    token_boost: float = setting(2.625, "added to the hint's log-odds", unit="nats", low=0.0, high=50.0)
+    token_boost_by_share: bool = setting(False, "the boost is multiplied by the hint's share")
+    ngram_head_loss: float = setting(0.1, "weight of the mixer head's own loss in training (NGRAM_HEAD)", low=0.0)
+    ngram_train_tokens: int = setting(4_000_000, "training tokens whose n-grams are counted for NGRAM_HEAD and "
+                                      "COMPLEMENT_ALPHA", unit="tokens", low=1)
+
+
 def parse_chunk_steps(text: str) -> tuple[tuple[int, int], ...]:
     """`256:8,2000:24` as ((256, 8), (2000, 24)): chunk sizes by the longest document they serve; else ConfigError."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -332,7 +370,7 @@ class SystemSettings:
 
 GROUPS: dict[str, type] = {"run": RunSettings, "data": DataSettings, "model": ModelSettings, "optim": OptimSettings,
                            "train": TrainSettings, "artifact": ArtifactSettings, "eval": EvalSettings,
-                           "ttt": TTTSettings, "system": SystemSettings}
+                           "ttt": TTTSettings, "ngram": NgramSettings, "system": SystemSettings}
 
 
 def setting_name(field: dataclasses.Field) -> str:
@@ -360,7 +398,11 @@ RENAMED: dict[str, str] = {
     "COMPILE_ENABLED": "COMPILE", "MUON_STEPS": "MUON_BACKEND_STEPS", "WEIGHT_DECAY": "MUON_WD and EMBED_WD",
     "CONTROL_TENSOR_NAME_PATTERNS": "roles decide, not names", "EVAL_INCLUDE_TAIL": "the tail is always scored",
     "VAL_DOC_FRACTION": "the whole validation split is always scored",
-    "TTT_ENABLED": "EVAL names ttt", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS=0 is off",
+    "NGRAM_EVAL_MIN_ORDER": "orders begin at 2", "NGRAM_EVAL_BUCKETS": "counts are exact, nothing is hashed",
+    "NGRAM_EVAL_ADAPTIVE": "NGRAM_GATE=entropy", "CUBRIC_CADENCE": "NGRAM_GATE=cubric",
+    "NGRAM_DIRICHLET": "NGRAM_GATE=learned, on normalised counts", "NGRAM_EVAL_MAX_SECONDS": "EVAL_BUDGET_SECONDS",
+    "NGRAM_USE_LEARNED_ALPHA": "NGRAM_HEAD", "TTT_ENABLED": "EVAL names ttt",
+    "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS=0 is off",
     "TTT_K_LORA": "TTT_SITES", "TTT_O_LORA": "TTT_SITES: attn is the path beside attention",
     "TTT_MLP_LORA": "TTT_SITES: mlp", "TTT_MASK": "TTT_SITES names what takes part",
     "TTT_LOCAL_LR_MULT": "TTT_LORA_LR", "TTT_SHORT_SCORE_FIRST_ENABLED": "TTT_SHORT_SCORE_FIRST_STEPS, empty is off",
@@ -381,6 +423,7 @@ class Config(NamedTuple):
     artifact: ArtifactSettings
     eval: EvalSettings
     ttt: TTTSettings
+    ngram: NgramSettings
     system: SystemSettings
     origins: dict[str, str]
 
@@ -425,6 +468,16 @@ def parse_value(name: str, value: Any) -> Any:
             raise fail(f"must be {bounds}{' ' + meta['unit'] if meta['unit'] else ''}")
         return number
     parts = tuple(part.strip() for part in text.split(",") if part.strip()) if kind is not str else (text,)
+    if kind == tuple[float, ...]:
+        try:
+            numbers = tuple(float(part) for part in parts)
+        except ValueError:
+            raise fail("must be numbers with commas between them") from None
+        low, high = (-math.inf if meta["low"] is None else meta["low"]), (
+            math.inf if meta["high"] is None else meta["high"])
+        if not numbers or not all(math.isfinite(number) and low <= number <= high for number in numbers):
+            raise fail(f"must be one number or more from {low:g} to {high:g}")
+        return numbers
     for part in parts:
         if meta["choices"] and part not in meta["choices"]:
             raise fail(f"must be {'one' if kind is str else 'some'} of {', '.join(meta['choices'])}")
@@ -497,6 +550,19 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: all(size <= c.ttt.ttt_eval_seq_len for _, size in parse_chunk_steps(c.ttt.ttt_short_score_first_steps)),
      "TTT_SHORT_SCORE_FIRST_STEPS={ttt.ttt_short_score_first_steps}: chunks must be at most "
      "TTT_EVAL_SEQ_LEN={ttt.ttt_eval_seq_len}"),
+    (lambda c: not c.model.ngram_head or c.ngram.ngram_eval_order <= MIXER_OUTPUTS,
+     "NGRAM_EVAL_ORDER={ngram.ngram_eval_order}: NGRAM_HEAD=1 has room for orders up to 8"),
+    (lambda c: "ngram" not in c.eval.eval or c.eval.eval_stride + max(
+        c.ngram.ngram_eval_order, *c.ngram.token_order) <= c.eval.eval_seq_len,
+     "EVAL_STRIDE={eval.eval_stride}: EVAL=ngram needs room for its orders, NGRAM_EVAL_ORDER="
+     "{ngram.ngram_eval_order} and TOKEN_ORDER={ngram.token_order}, beside it in EVAL_SEQ_LEN={eval.eval_seq_len}"),
+    (lambda c: len(c.ngram.token_order) == len(c.ngram.token_threshold) == len(c.ngram.token_min_count) and
+     all(order == int(order) for order in c.ngram.token_order) and
+     all(a < b for a, b in itertools.pairwise(c.ngram.token_order)),
+     "TOKEN_ORDER={ngram.token_order}: must be rising whole numbers, with a threshold and a count for each in "
+     "TOKEN_THRESHOLD={ngram.token_threshold} and TOKEN_MIN_COUNT={ngram.token_min_count}"),
+    (lambda c: (c.ngram.ngram_gate == "head") <= c.model.ngram_head,
+     "NGRAM_GATE=head: needs NGRAM_HEAD=1, a model that has the head"),
     (lambda c: not (c.ttt.ttt_down_lr and "down" in c.ttt.ttt_sites),
      "TTT_DOWN_LR={ttt.ttt_down_lr}: the whole matrix learns, so TTT_SITES must not name down"),
     (lambda c: not (c.optim.warmdown_frac and c.optim.warmdown_iters),
@@ -517,6 +583,15 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
 )
 
 
+def show_value(value: Any) -> str:
+    """A setting's value as a user would write it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return ",".join(map(show_value, value)) if isinstance(value, tuple) else str(value)
+
+
 def help_text() -> str:
     """--help: commands, then every setting by group, from the declarations."""
     lines = ["train_gpt.py [NAME=value ...] [--help | --presets | --plan]", "",
@@ -526,8 +601,7 @@ def help_text() -> str:
         lines.append(f"{owner.upper()}: {GROUP_TEXTS[owner]}")
         for field in dataclasses.fields(cls):
             meta = field.metadata
-            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-            default = int(default) if isinstance(default, bool) else default
+            default = show_value(field.default)
             unit = f" {meta['unit']}" if meta["unit"] else ""
             lines.append(f"  {setting_name(field):<28} {meta['text']} [{default}{unit}]")
             if meta["choices"]:
@@ -597,7 +671,7 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
     """
     blocks: list[Block] = []
     root: list[Any] = []
-    open_groups: list[tuple[str, list[Any], int]] = []
+    usablegroups: list[tuple[str, list[Any], int]] = []
     at, items = 0, root
     while stack[at:].strip():
         match = _STACK_TOKEN.match(stack, at)
@@ -608,12 +682,12 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
                 raise _stack_fault(stack, at, f"{match['count']} copies: must be 1 to 999")
             items += [_parse_block(stack, match["letter"], match["over"], at)] * int(match["count"] or 1)
         elif match["open"]:
-            open_groups.append((match["open"], items, at))
+            usablegroups.append((match["open"], items, at))
             items = []
         else:
-            if not open_groups or (open_groups[-1][0] == "[") != (match["close"] == "]"):
+            if not usablegroups or (usablegroups[-1][0] == "[") != (match["close"] == "]"):
                 raise _stack_fault(stack, at, f"{match['close']} closes nothing")
-            kind, outer, start = open_groups.pop()
+            kind, outer, start = usablegroups.pop()
             if not items:
                 raise _stack_fault(stack, start, "an empty group")
             if kind == "[":
@@ -628,8 +702,8 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
         at = match.end()
         if len(items) > MAX_BLOCKS:
             raise _stack_fault(stack, at, f"more than {MAX_BLOCKS} blocks")
-    if open_groups:
-        raise _stack_fault(stack, open_groups[-1][2], "a group that is never closed")
+    if usablegroups:
+        raise _stack_fault(stack, usablegroups[-1][2], "a group that is never closed")
     visits = []
     for item in root:
         members, passes = ((item,), ((0.0, 1),)) if isinstance(item, Block) else item
@@ -706,7 +780,7 @@ OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
         "TRAIN_LOG_EVERY": 50, "VAL_LOSS_EVERY": 300, "CHECKPOINT_SECONDS": 20.0,
         "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 128, "EVAL_BATCH_TOKENS": 4096,
         "TTT_LORA_RANK": 8, "TTT_LORA_ALPHA": 8.0, "TTT_LORA_LR": 3e-3, "TTT_CHUNK_SIZE": 128,
-        "TTT_EVAL_SEQ_LEN": 512, "TTT_BATCH_SIZE": 8}),
+        "TTT_EVAL_SEQ_LEN": 512, "TTT_BATCH_SIZE": 8, "NGRAM_CHUNK_TOKENS": 256}),
     "one_gpu": ("the work of eight GPUs on one: eight times the seconds", {
         "MAX_WALLCLOCK_SECONDS": 4800.0, "RESERVE_SECONDS": 32.0, "EVAL_BUDGET_SECONDS": 4800.0}),
 }
@@ -845,15 +919,6 @@ def baked(config: Config) -> dict[str, Any]:
     plain = {name: list(field.default) if isinstance(field.default, tuple) else field.default
              for name, (_, field) in SETTINGS.items()}
     return {name: value for name, value in config.recipe().items() if name in rows or value != plain[name]}
-
-
-def show_value(value: Any) -> str:
-    """A setting's value as a user would write it."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def differences_text(config: Config) -> str:
@@ -1064,7 +1129,8 @@ def environment_facts(world: World, threads: int) -> dict[str, Any]:
 # ==== 05 DATA ===============================================================================================
 # Tokens and their bytes. Shards have the challenge's format, so official ones work unchanged. Nothing is used
 # before the manifest has proved it: sizes, hashes, counts, and that no validation document was trained on.
-# This section is the only one that knows how many bytes a token stands for.
+# This section is the only one that knows how many bytes a token stands for. Exact counts of n-grams, for
+# evaluation and training, stand at its end.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
@@ -1305,11 +1371,20 @@ def document_index(tokens: Tensor) -> Tensor:
     return (tokens == BOS).cumsum(dim=-1, dtype=torch.int32)
 
 
+class Lessons(NamedTuple):
+    """What n-grams say of a batch's N targets: weights of their loss (N,), each order's probability of them (N, E), and
+    whether it had seen their context (N, E)."""
+    weights: Tensor
+    chances: Tensor
+    seen: Tensor
+
+
 class Batch(NamedTuple):
-    """One forward's worth: inputs and next-token targets (B, T) int64, documents (B, T) int32 or None."""
+    """One forward's worth: inputs and next-token targets (B, T) int64, documents (B, T) int32 or None, and lessons."""
     tokens: Tensor
     targets: Tensor
     docs: Tensor | None
+    lessons: Lessons | None = None
 
 
 class Batches:
@@ -1347,6 +1422,198 @@ class Batches:
             rows = rows.pin_memory().to(world.device, non_blocking=True)
         tokens = rows[:, :-1].contiguous()
         return Batch(tokens, rows[:, 1:].contiguous(), document_index(tokens) if self.data.doc_isolation else None)
+
+
+UNSEEN = 0xFFFFFFFF  # the number of an n-gram that was never seen; no n-gram has it
+LEVEL_RATIO = 4  # the sorted levels of a table grow by this factor at least
+ABSORB_TOKENS = 65536  # tokens counted at a time, which bounds the memory of a long call
+
+
+def spans(start: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The integers start[i] .. start[i] + size[i] - 1 of all spans, one span after the other: (sum of size,)."""
+    stop = np.cumsum(size)
+    return np.repeat(start - stop + size, size) + np.arange(stop[-1] if len(stop) else 0)
+
+
+class Matches(NamedTuple):
+    """What followed the contexts of one order. `which` (S,): a position's row among the U different contexts. `pairs`
+    (M,): row << 16 | token, rising, row u at start[u] .. start[u + 1]; `count` (M,) of each. Of every row (U,): the sum
+    of its counts, its number of tokens, its most frequent token (the smallest of equals) and that one's count."""
+    which: np.ndarray
+    pairs: np.ndarray
+    count: np.ndarray
+    start: np.ndarray
+    total: np.ndarray
+    kinds: np.ndarray
+    hint: np.ndarray
+    best: np.ndarray
+
+
+def make_matches(which: np.ndarray, rows: int, pairs: np.ndarray, count: np.ndarray) -> Matches:
+    """Matches of U = `rows` contexts from their sorted pairs and counts."""
+    row = pairs >> 16
+    kinds = np.bincount(row, minlength=rows)
+    start, seen = np.concatenate([[0], np.cumsum(kinds)]), kinds > 0
+    total, top = np.bincount(row, count, rows).astype(np.int64), np.zeros(rows, np.int64)
+    if len(pairs):
+        top[seen] = np.maximum.reduceat(count << 16 | ~pairs & 0xFFFF, start[:-1][seen])
+    return Matches(which, pairs, count, start, total, kinds, ~top & 0xFFFF, top >> 16)
+
+
+class Grams:
+    """The different n-grams of one length, each a pair (number of its beginning << 32 | last token or number of its
+    end) with its own number and its count: sorted levels, merged so that their sizes fall by LEVEL_RATIO. A pair stands
+    in one level only; its count is raised there."""
+
+    def __init__(self) -> None:
+        self.levels: list[list[np.ndarray]] = []  # [pairs uint64, numbers uint32, counts uint32]
+        self.size = 0
+
+    def find(self, pairs: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
+        """Numbers uint32 (S,), UNSEEN for strangers; the counts of pairs, then all different, rise by `times` (S,)."""
+        numbers = np.full(len(pairs), UNSEEN, np.uint32)
+        for known, number, count in self.levels:
+            at = np.minimum(np.searchsorted(known, pairs), len(known) - 1)
+            hit = known[at] == pairs
+            numbers[hit] = number[at[hit]]
+            if times is not None:
+                count[at[hit]] += times[hit]
+        return numbers
+
+    def add(self, pairs: np.ndarray) -> np.ndarray:
+        """Count every pair (S,) once more; their numbers uint32 (S,)."""
+        fresh, place, times = np.unique(pairs, return_inverse=True, return_counts=True)
+        times = times.astype(np.uint32)
+        numbers = self.find(fresh, times)
+        new = np.flatnonzero(numbers == UNSEEN)
+        if len(new):
+            numbers[new] = np.arange(self.size, self.size + len(new))
+            self.size += len(new)
+            self.levels.append([fresh[new], numbers[new], times[new]])
+        while len(self.levels) > 1 and len(self.levels[-2][0]) < LEVEL_RATIO * len(self.levels[-1][0]):
+            late, early = self.levels.pop(), self.levels[-1]
+            at = np.searchsorted(early[0], late[0])
+            for column in range(3):
+                early[column] = np.insert(early[column], at, late[column])
+        return numbers[place]
+
+    def follow(self, begins: np.ndarray) -> Matches:
+        """What followed the contexts with these numbers (S,)."""
+        begins, which = np.unique(begins.astype(np.uint64), return_inverse=True)
+        low, parts = begins << np.uint64(32), [(np.zeros(0, np.int64),) * 2]
+        for known, _, count in self.levels:
+            start = np.searchsorted(known, low)
+            size = np.searchsorted(known, low | np.uint64(UNSEEN), side="right") - start
+            at = spans(start, size)
+            tokens = (known[at] & np.uint64(0xFFFF)).astype(np.int64)
+            parts.append((np.repeat(np.arange(len(size)) << 16, size) | tokens, count[at].astype(np.int64)))
+        pairs, count = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(pairs, kind="stable")
+        return make_matches(which, len(begins), pairs[order], count[order])
+
+
+class NgramStore:
+    """Exact counts of the n-grams of the given orders (each 2 at least) in one stream of tokens below 65536. A context
+    is known by its number, which is found by halves or token by token, so that nothing can collide."""
+
+    def __init__(self, orders: tuple[int, ...], vocab_size: int) -> None:
+        self.orders, self.unigrams = orders, np.zeros(vocab_size, np.int64)
+        self.tail = np.zeros(0, np.int64)
+        self.halves: dict[int, tuple[int, int]] = {}  # length of a gram -> lengths of its beginning and its end
+        wanted = [*orders]
+        while wanted:
+            if (size := wanted.pop()) > 1 and size not in self.halves:
+                half = 1 << (size - 1).bit_length() - 1
+                chained = size in orders or size - 1 in orders
+                self.halves[size] = (size - 1, 1) if chained else (half, half)
+                wanted += self.halves[size]
+        self.grams = {size: Grams() for size in sorted(self.halves)}
+
+    def _number(self, tokens: np.ndarray, sizes: list[int], old: int) -> dict[int, np.ndarray]:
+        """Length -> number of the gram of that length ending at each token (n,), UNSEEN where the tokens do not reach
+        so far back; the grams that end at token `old` or later are counted."""
+        numbers = {1: tokens.astype(np.uint64)}
+        for size in sizes:
+            (begin, end), out = self.halves[size], np.full(len(tokens), UNSEEN, np.uint64)
+            pairs = numbers[begin][size - 1 - (size - begin):len(tokens) - (size - begin)] << np.uint64(32)
+            pairs = pairs | numbers[end][size - 1:]
+            split = max(0, old - size + 1)
+            out[size - 1:] = np.concatenate([self.grams[size].find(pairs[:split]),
+                                             self.grams[size].add(pairs[split:])])
+            numbers[size] = out
+        return numbers
+
+    def absorb(self, tokens: np.ndarray) -> None:
+        """Count the n-grams that end in these tokens (n,), which follow those of the calls before."""
+        for start in range(0, len(tokens), ABSORB_TOKENS):
+            part = tokens[start:start + ABSORB_TOKENS]
+            joined = np.concatenate([self.tail, part])
+            self._number(joined, list(self.grams), len(self.tail))
+            self.unigrams += np.bincount(part, minlength=len(self.unigrams))
+            self.tail = joined[max(0, len(joined) - max(self.orders) + 1):]
+
+    def look(self, tokens: np.ndarray, count: int) -> list[Matches]:
+        """For each order what followed the contexts that end at the last `count` of these tokens (n,); the ones before
+        them, as far as there are any, only belong to contexts."""
+        tokens = tokens[max(0, len(tokens) - count - max(self.orders) + 2):]
+        sizes = [size for size in self.grams if size < max(self.orders)]
+        numbers = self._number(tokens, sizes, len(tokens))
+        return [self.grams[order].follow(numbers[order - 1][len(tokens) - count:]) for order in self.orders]
+
+
+def chain_chances(matches: list[Matches], tokens: np.ndarray, chance: np.ndarray, discount: float) -> np.ndarray:
+    """The probability of token i (S,) at position i by each order, (S, E): interpolated absolute discounting,
+    P_n(v|c) = (max(N(c,v) - d, 0) + d T(c) P_{n-1}(v)) / N(c), or P_{n-1} where c was never seen. `chance` (S,) is the
+    lowest one's P_1. (Kneser and Ney 1995, with plain counts in all orders.)"""
+    columns = []
+    for match in matches:
+        pairs, place = match.which << 16 | tokens, np.zeros(len(tokens), np.int64)
+        if len(match.pairs):
+            place = np.minimum(np.searchsorted(match.pairs, pairs), len(match.pairs) - 1)
+            found = np.where(match.pairs[place] == pairs, match.count[place] - discount, 0.0)
+            total, kinds = match.total[match.which], match.kinds[match.which]
+            chance = np.where(total, (found + discount * kinds * chance) / np.maximum(total, 1), chance)
+        columns.append(chance)
+    return np.stack(columns, 1)
+
+
+class TrainingGrams:
+    """n-grams of the training rows of earlier steps, the same on every rank: they say which targets are easy without a
+    model, and teach the mixer head. Counting ends after NGRAM_TRAIN_TOKENS."""
+
+    def __init__(self, config: Config, batches: Batches) -> None:
+        self.alpha, self.left, self.batches = config.train.complement_alpha, config.ngram.ngram_train_tokens, batches
+        self.discount = config.ngram.ngram_discount
+        self.store = NgramStore(tuple(range(2, config.ngram.ngram_eval_order + 1)), config.data.vocab_size)
+
+    def lessons(self, batch: Batch) -> Batch:
+        """The batch with its lessons."""
+        weights, chances, seen = [], [], []
+        base = (self.store.unigrams + 1) / (self.store.unigrams + 1).sum()
+        for row, targets in zip(batch.tokens.cpu().numpy(), batch.targets.cpu().numpy(), strict=True):
+            matches = self.store.look(row, len(row))
+            plain = chain_chances(matches[:1], targets, np.zeros(len(row)), 0.0)[:, 0]
+            total = matches[0].total[matches[0].which]
+            weights.append(np.maximum(0.1, 1 - self.alpha * plain * total / (total + 1)))
+            chances.append(chain_chances(matches, targets, base[targets], self.discount))
+            seen.append(np.stack([match.total[match.which] > 0 for match in matches], 1))
+        device = batch.tokens.device
+        return batch._replace(lessons=Lessons(
+            torch.from_numpy(np.concatenate(weights)).to(device, torch.float32),
+            torch.from_numpy(np.concatenate(chances)).to(device, torch.float32),
+            torch.from_numpy(np.concatenate(seen)).to(device)))
+
+    def absorb(self, micros: range, world: World) -> None:
+        """Count the rows of these micro-batches."""
+        for index in micros:
+            if self.left <= 0:
+                return
+            batch = self.batches.micro(index, world)
+            rows = torch.cat([batch.tokens, batch.targets[:, -1:]], 1).cpu().numpy()
+            for row in rows:
+                self.store.tail = row[:0]
+                self.store.absorb(row)
+            self.left -= rows.size
 
 
 # ==== 06 KERNELS ============================================================================================
@@ -2160,6 +2427,15 @@ class Skip(nn.Module):
 
 
 HEAD_ROWS = 2048
+MIXER_FLOOR = 0.05
+
+
+def mixer_weights(logits: Tensor, seen: Tensor) -> Tensor:
+    """Shares (N, 1 + E) of the model and of E orders from a head's logits: a softmax over the model and the orders that
+    have `seen` (N, E) their context; the model keeps a floor. Source: clowncar's alpha head."""
+    usable = torch.cat([torch.ones_like(seen[:, :1]), seen], 1)
+    shares = logits[:, :usable.shape[1]].masked_fill(~usable, -math.inf).softmax(-1) * (1 - MIXER_FLOOR)
+    return torch.cat([shares[:, :1] + MIXER_FLOOR, shares[:, 1:]], 1)
 
 
 class GPT(nn.Module):
@@ -2167,6 +2443,9 @@ class GPT(nn.Module):
 
     def __init__(self, settings: ModelSettings, vocab_size: int, kernels: Picked, dtype: torch.dtype) -> None:
         super().__init__()
+        # Outputs of the mixer head: the model, and every order that could be an expert.
+        self.mixer_head = make_parameter((MIXER_OUTPUTS, settings.model_dim + 1), "gate", "mixer") if (
+            settings.ngram_head) else None
         self.settings, self.dtype, self.mean_nats = settings, dtype, kernels.mean_nats
         blocks, _ = parse_stack(settings.stack)
         self.phases = plan_layers(settings)
@@ -2183,6 +2462,10 @@ class GPT(nn.Module):
         raw = add_delta(soft_logits(hidden, self.tok_emb, 0.0), hidden.float(), "head", deltas)
         cap = self.settings.logit_softcap
         return cap * torch.tanh(raw / cap) if cap else raw
+
+    def mixer_logits(self, hidden: Tensor) -> Tensor:
+        """The mixer head's logits (N, outputs), fp32, of hidden (N, D)."""
+        return F.linear(hidden.float(), self.mixer_head[:, :-1], self.mixer_head[:, -1])
 
 
 def make_forward(model: GPT, phase: int) -> Callable[[Tensor, Tensor | None, Deltas | None], Tensor]:
@@ -2231,12 +2514,22 @@ def site_shapes(model: GPT, phase: int) -> dict[str, tuple[int, int]]:
     return dict(probe.items())
 
 
-def make_loss(model: GPT, phase: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """loss(tokens, targets, docs) -> mean nats of a batch, a scalar, for one phase of the plan."""
+def make_loss(model: GPT, phase: int, head_loss: float = 0.0) -> Callable[..., Tensor]:
+    """loss(tokens, targets, docs, lessons) -> mean nats of a batch, a scalar, for one phase of the plan. Lessons weigh
+    the targets, and teach the mixer head which expert to trust, beside the model's chances as they are."""
     forward = make_forward(model, phase)
 
-    def loss(tokens: Tensor, targets: Tensor, docs: Tensor | None) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, docs: Tensor | None, lessons: Lessons | None = None) -> Tensor:
         hidden = forward(tokens, docs)
+        if lessons is not None:
+            flat = hidden.flatten(0, 1)
+            losses = F.cross_entropy(model.logits(flat), targets.flatten(), reduction="none")
+            total = (losses * lessons.weights).mean()
+            if model.mixer_head is not None:
+                shares = mixer_weights(model.mixer_logits(flat), lessons.seen)
+                chances = torch.cat([(-losses.detach()).exp()[:, None], lessons.chances], 1)
+                total = total - head_loss * (shares * chances).sum(1).log().mean()
+            return total
         return model.mean_nats(hidden.flatten(0, 1), model.tok_emb, targets.flatten(), model.settings.logit_softcap)
 
     return loss
@@ -2257,6 +2550,8 @@ def init_weights(model: GPT, seed: int) -> None:
             nn.init.orthogonal_(fresh, generator=generator)
         elif start == "mix":
             fresh[0], fresh[1] = 1.0, 0.0
+        elif start == "mixer":
+            fresh.zero_()[0, -1] = 2.0
         else:
             fresh.fill_(start)
         with torch.no_grad():
@@ -2689,6 +2984,8 @@ class Trainer:
         self.slowest = 0.0
         self.coverage = Coverage(model)
         self.losses: list[Callable[..., Tensor]] = []
+        taught = config.train.complement_alpha or config.model.ngram_head
+        self.grams = TrainingGrams(config, self.batches) if taught else None
         self.board: Any = None
         self.writer, self.saving = ThreadPoolExecutor(1), None
 
@@ -2755,17 +3052,22 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and run every phase on random tokens before the clock starts; no weight changes."""
         settings = self.config.train
-        self.losses = [make_compiled(make_loss(self.model, phase), self.compiled)
+        self.losses = [make_compiled(make_loss(self.model, phase, self.config.ngram.ngram_head_loss), self.compiled)
                        for phase in range(len(self.model.phases))]
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
         shape = (settings.micro_batch_tokens // settings.train_seq_len, settings.train_seq_len + 1)
         rows = torch.randint(BOS + 3, self.config.data.vocab_size, shape, generator=generator).to(self.world.device)
         docs = document_index(rows[:, :-1]) if self.config.data.doc_isolation else None
         began = self.log.clock()
+        batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), docs)
+        if self.grams is not None:
+            # A killed run counts again what it had counted.
+            self.grams.absorb(range(self.step * self.micros), self.world)
+            batch = self.grams.lessons(batch)
         for loss in self.losses:
             for _ in range(settings.warmup_steps):
                 self.model.zero_grad(set_to_none=True)
-                loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), docs).backward()
+                loss(*batch).backward()
             self.coverage.saw_phase()
         self.model.zero_grad(set_to_none=True)
         self.coverage.check_phases()
@@ -2818,6 +3120,7 @@ class Trainer:
         for start in range(0, len(mine), self.world.lanes):
             batches = [self.batches.micro(self.step * self.micros + micro, self.world)
                        for micro in mine[start:start + self.world.lanes]]
+            batches = batches if self.grams is None else [self.grams.lessons(batch) for batch in batches]
             for loss, grads in self.world.each(work, batches):
                 total += loss
                 for parameter, grad in zip(parameters, grads, strict=True):
@@ -2850,6 +3153,8 @@ class Trainer:
         factor = rate_factor(self.config.optim, progress)
         self.optimizer.step(factor, momentum_at(self.config.optim, self.step))
         self.average.update()
+        if self.grams is not None:
+            self.grams.absorb(range(self.step * self.micros, (self.step + 1) * self.micros), self.world)
         self.step, self.last_loss = self.step + 1, loss
         seconds = self.watch.seconds()
         self.slowest = max(seconds - before, 0.95 * self.slowest)
@@ -2908,7 +3213,7 @@ class Trainer:
         """Train to the end; returns the `train` part of result.json."""
         if not self.finished:
             self.warm_up()
-            self._open_bar_and_board()
+            self._usablebar_and_board()
             self.watch.start()
             self._loop()
             self.watch.stop()
@@ -2926,7 +3231,7 @@ class Trainer:
                 "tokens_per_second": tokens / seconds if seconds else 0.0, "final_train_loss": self.last_loss,
                 "peak_memory_bytes": memory}
 
-    def _open_bar_and_board(self) -> None:
+    def _usablebar_and_board(self) -> None:
         """Progress bar on a terminal, curves for TensorBoard; rank 0 only."""
         if not self.world.first:
             return
@@ -4408,6 +4713,9 @@ class Round(NamedTuple):
         return len(self.windows) * max(window.stop - window.start for window in self.windows)
 
 
+# Work that several ranks may share is cut into so many parts whatever their number, and added in their order.
+PARTS = 8
+
 # The rounds of a job share a state and follow each other. The jobs of a stage know nothing of each other, so they may
 # run anywhere, in any order. A stage begins when the one before is scored; its targets lie side by side.
 Job = tuple[Round, ...]
@@ -4463,6 +4771,19 @@ def plan_document(tokens: np.ndarray, config: Config) -> list[Stage]:
     return [in_batches([window for row in windows for window in row], settings)]
 
 
+def plan_ngram(tokens: np.ndarray, config: Config) -> list[Stage]:
+    """The sliding windows, a stage for every NGRAM_CHUNK_TOKENS targets, in parts that eight ranks can share."""
+    settings, stages, part = config.eval, [], []
+    windows = slide(0, len(tokens) - 1, settings.eval_seq_len, settings.eval_stride, settings.eval_seq_len)
+    for window in windows:
+        part.append(window)
+        if window.stop - part[0].first + 1 >= config.ngram.ngram_chunk_tokens or window is windows[-1]:
+            size = max(1, min(-(-len(part) // PARTS), settings.eval_batch_tokens // settings.eval_seq_len))
+            stages.append([(Round(part[at:at + size]),) for at in range(0, len(part), size)])
+            part = []
+    return stages
+
+
 def _group_documents(spans: list[tuple[int, int]], settings: TTTSettings) -> Stage:
     """Documents of similar length side by side, longest first: at most TTT_BATCH_SIZE rows, none below half of the
     longest, which also says the size of their chunks. Rows that end drop out."""
@@ -4479,9 +4800,6 @@ def _group_documents(spans: list[tuple[int, int]], settings: TTTSettings) -> Sta
     return groups
 
 
-WARM_TRACKS = 8
-
-
 def plan_ttt(tokens: np.ndarray, config: Config) -> list[Stage]:
     """Groups of documents, chunk by chunk. Strict: every document begins anew, so there is one stage, and any order is
     the same. Declared modes: a warm start chains the groups of a track; each phase of the global update is a stage."""
@@ -4490,7 +4808,7 @@ def plan_ttt(tokens: np.ndarray, config: Config) -> list[Stage]:
     bounds = sorted({0, len(spans), *(prefix * number // phases for number in range(1, phases + 1))})
     stages = [_group_documents(spans[low:high], settings) for low, high in itertools.pairwise(bounds)]
     if settings.ttt_warm_start_a:
-        stages = [[sum((stage[index] for index in track), ()) for track in assign(stage, WARM_TRACKS) if track]
+        stages = [[sum((stage[index] for index in track), ()) for track in assign(stage, PARTS) if track]
                   for stage in stages]
     return stages
 
@@ -4545,15 +4863,16 @@ class Ledger:
             raise CheckError(f"{missed} of {len(counts)} targets were not scored exactly once")
         self.scored[low:high + 1] = 1
 
-    def close(self, world: World) -> dict[str, Any]:
-        """The `ledger` of result.json, over all ranks; CheckError unless every target was scored exactly once."""
+    def close(self, world: World) -> tuple[dict[str, Any], str]:
+        """The `ledger` of result.json over all ranks, and the journal, a line a job; CheckError unless every target was
+        scored exactly once."""
         if missed := int((self.scored[1:] != 1).sum()) + int(self.scored[0]):
             raise CheckError(f"{missed} of {len(self.scored) - 1} targets were not scored exactly once")
         parts = world.gather((sum(self.updates.values()), self.journal))
         journal = {job: text for _, part in parts for job, text in part.items()}
-        digest = hashlib.sha256("\n".join(journal[job] for job in sorted(journal)).encode()).hexdigest()
+        text = "\n".join(journal[job] for job in sorted(journal))
         return {"targets": len(self.scored) - 1, "scored_once": True, "updates": sum(count for count, _ in parts),
-                "journal_sha256": digest}
+                "journal_sha256": hashlib.sha256(text.encode()).hexdigest()}, text
 
 
 class Ask(NamedTuple):
@@ -4576,12 +4895,19 @@ class Told(NamedTuple):
     notes: np.ndarray
 
 
+class Noted(NamedTuple):
+    """Notes on the asked targets: `columns` (S, K), the first of which the referee overwrites with the entry of `rows`
+    (S, V) at the target, once that is scored."""
+    rows: Tensor
+    columns: np.ndarray
+
+
 class Frozen:
     """The model as it stands: the plain guest, and the interface of every other one. Lanes call it side by side, so
     what changes within a job lives in the state that `begin` makes."""
     # Whether what it offers are log-probabilities; the referee then refuses those that do not sum to one.
     normalised = False
-    # How many numbers it notes for each target; the referee keeps them and tells them to `absorb` after the stage.
+    # How many numbers it notes for each target; the referee keeps them and tells `absorb` after the stage.
     notes = 0
 
     def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
@@ -4596,9 +4922,9 @@ class Frozen:
         """The state of new rows, given that of the rows before them in the same job, or None."""
         return None
 
-    def predict(self, state: Any, ask: Ask, offer: Callable[[Tensor], None]) -> Tensor | None:
-        """Offer logits (any number of rows, V) for all places, in their order; return notes (S, K) where it makes any.
-        Must not look at inputs behind a place, nor keep anything."""
+    def predict(self, state: Any, ask: Ask, offer: Callable[[Tensor], None]) -> Noted | None:
+        """Offer logits (any number of rows, V) for all places, in their order; return notes where it makes any. Must
+        not look at inputs behind a place, nor keep anything."""
         with torch.inference_mode():
             hidden = self.forward(ask.tokens, ask.docs).flatten(0, 1)[ask.places]  # (S, D)
             for start in range(0, len(hidden), HEAD_ROWS):
@@ -4672,7 +4998,7 @@ class TestTime(Frozen):
         hidden = self.forward(ask.tokens[:rows], ask.docs, deltas)  # (B, T, D)
         return self.model.logits(hidden.flatten(0, 1)[places], deltas)[asked]
 
-    def predict(self, state: Adapters, ask: Ask, offer: Callable[[Tensor], None]) -> Tensor | None:
+    def predict(self, state: Adapters, ask: Ask, offer: Callable[[Tensor], None]) -> Noted | None:
         rows = len(ask.windows)
         keep = bool(ask.more and self.starts and self.settings.ttt_grad_steps and state.average is state.values)
         # Where the score is taken with what is to be trained, its graph serves the first step.
@@ -4721,9 +5047,9 @@ class TestTime(Frozen):
         rows = max(1, settings.global_ttt_chunk_tokens // length)
         steps = [starts[at:at + rows] for at in range(0, len(starts), rows)] * settings.global_ttt_epochs
         for number, step in enumerate(steps):
-            grads = torch.zeros(GLOBAL_PARTS, sum(map(torch.numel, parameters)), device=world.device)
-            for part in range(world.rank, min(GLOBAL_PARTS, len(step)), world.size):
-                mine = [self.stream[start:start + length + 1] for start in step[part::GLOBAL_PARTS]]
+            grads = torch.zeros(PARTS, sum(map(torch.numel, parameters)), device=world.device)
+            for part in range(world.rank, min(PARTS, len(step)), world.size):
+                mine = [self.stream[start:start + length + 1] for start in step[part::PARTS]]
                 batch = torch.from_numpy(np.stack(mine)).to(world.device)
                 docs = document_index(batch[:, :-1]) if self.config.data.doc_isolation else None
                 with torch.enable_grad():
@@ -4740,9 +5066,6 @@ class TestTime(Frozen):
             torch._foreach_add_(self.momenta, parts)
             torch._foreach_add_([parameter.data for parameter in parameters], self.momenta, alpha=-rate)
         return True
-
-
-GLOBAL_PARTS = 8
 
 
 def shrink_nothing(config: Config) -> dict[str, Any]:
@@ -4764,6 +5087,287 @@ def shrink_chunk(config: Config) -> dict[str, Any]:
     return {"TTT_CHUNK_SIZE": chunk} if chunk > config.ttt.ttt_chunk_size else {}
 
 
+def mix_grams(model: Tensor, weights: np.ndarray, matches: list[Matches], base: np.ndarray, discount: float) -> Tensor:
+    """ln(w_0 P_model + sum of w_n P_n), (S, V) float32, from P_model (S, V) float32, which it overwrites, weights
+    (S, 1 + E) and P_1 (V,). What an order gives to the next lower one is carried down, so that the dense work is done
+    once."""
+    count, vocab = model.shape
+    carry, scales = np.zeros(count), []
+    for column, match in reversed(list(enumerate(matches, 1))):
+        carry = carry + weights[:, column]
+        total = match.total[match.which]
+        scales.append(np.where(total, carry / np.maximum(total, 1), 0.0))
+        carry = np.where(total, scales[-1] * discount * match.kinds[match.which], carry)
+
+    def put(values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.from_numpy(values).to(model.device, dtype)
+
+    # A float32 log_softmax sums to one within 1.3e-6 only.
+    model.mul_(put(weights[:, :1]) / model.sum(-1, keepdim=True)).addr_(put(carry), put(base))
+    flat = model.view(-1)
+    for scale, match in zip(reversed(scales), matches, strict=True):
+        size = match.kinds[match.which]
+        at = spans(match.start[match.which], size)
+        where = np.repeat(np.arange(count) * vocab, size) + (match.pairs[at] & 0xFFFF)
+        flat[put(where, torch.int64)] += put((match.count[at] - discount) * np.repeat(scale, size))
+    return model.log_()
+
+
+def hints_of(matches: list[Matches], settings: NgramSettings) -> list[Matches]:
+    """The same contexts with their most frequent token as the only one, counted once, where it passes its order's
+    thresholds, else with none. `best` is then its share."""
+    kept = []
+    limits = zip(matches, settings.token_threshold, settings.token_min_count, strict=True)
+    for match, threshold, least in limits:
+        share = match.best / np.maximum(match.total, 1)
+        rows = np.flatnonzero((share >= threshold) & (match.total >= max(1, least)))
+        small = make_matches(match.which, len(match.total), rows << 16 | match.hint[rows], np.ones(len(rows), np.int64))
+        kept.append(small._replace(best=small.best * share))
+    return kept
+
+
+class Facts(NamedTuple):
+    """What a gate may know of S positions; all of it is fixed before their targets are. The model's entropy in nats
+    (S,); for each order (S, E) the sum of the counts behind the position's context, how many tokens they belong to, the
+    largest count, and, for hints, the model's log-probability of the token that has it; logits (S, 1 + E) of a head."""
+    entropy: np.ndarray
+    total: np.ndarray
+    kinds: np.ndarray
+    best: np.ndarray
+    hint: np.ndarray | None = None
+    head: np.ndarray | None = None
+
+    def highest(self, least: int = 1) -> np.ndarray:
+        """The column 1 .. E of the highest order whose context was seen `least` times, 0 for none: (S,)."""
+        return ((self.total >= least) * np.arange(1, self.total.shape[1] + 1)).max(1)
+
+    def pick(self, values: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """values (S, E) at the column 1 .. E of each position; at column 0 those of the first order."""
+        return values[np.arange(len(column)), np.maximum(column - 1, 0)]
+
+
+class Gate(NamedTuple):
+    """How much the model and each order get: weights(state, facts, settings) is (S, 1 + E) with rows that sum to one.
+    update(state, facts, chances, settings) is the state after a block, from what the model and each order gave to the
+    tokens that came, (S, 1 + E). A gate with `hints` mixes the hints of TOKEN_ORDER in the place of distributions; one
+    with `head` wants the logits of the model's mixer head."""
+    start: Callable[[NgramSettings], Any]
+    weights: Callable[[Any, Facts, NgramSettings], np.ndarray]
+    update: Callable[[Any, Facts, np.ndarray, NgramSettings], Any]
+    hints: bool = False
+    head: bool = False
+
+
+def orders_of(settings: NgramSettings) -> tuple[int, ...]:
+    """The orders that the gate mixes, rising."""
+    return tuple(map(int, settings.token_order) if GATES[settings.ngram_gate].hints else
+                 range(2, settings.ngram_eval_order + 1))
+
+
+def by_order(values: tuple[float, ...], settings: NgramSettings) -> np.ndarray:
+    """values of the orders 2, 3 .., the last one for all later ones, as (1 + E,) beside a 1 for the model."""
+    return np.array([1.0] + [values[min(order - 2, len(values) - 1)] for order in orders_of(settings)])
+
+
+def give(column: np.ndarray, share: np.ndarray, facts: Facts) -> np.ndarray:
+    """Weights (S, 1 + E): `share` (S,) for the order in that column, the rest, or in column 0 all, for the model."""
+    weights = np.zeros((len(column), facts.total.shape[1] + 1))
+    weights[:, 0] = 1 - share
+    weights[np.arange(len(column)), column] += share
+    return weights
+
+
+def entropy_weights(multipliers: np.ndarray, facts: Facts, settings: NgramSettings) -> np.ndarray:
+    """The challenge's alpha: a sigmoid of the entropy, around a centre that falls with the order, times the matched
+    order's multiplier, (1 + E,) or (1 + E, 3, 3) in cells of entropy and count, at most 0.95."""
+    column = facts.highest(settings.ngram_eval_min_count)
+    center = settings.ngram_eval_entropy_center - settings.ngram_entropy_shift * (column - 1)
+    sigmoid = 1 / (1 + np.exp(-settings.ngram_eval_entropy_scale * (facts.entropy - center)))
+    low, high = settings.ngram_eval_alpha_min, settings.ngram_eval_alpha_max
+    cells = (column, *cubric_cells(facts, column, settings))[:multipliers.ndim]
+    return give(column, np.minimum((low + (high - low) * sigmoid) * multipliers[cells], 0.95) * (column > 0), facts)
+
+
+def keep_state(state: Any, facts: Facts, chances: np.ndarray, settings: NgramSettings) -> Any:
+    """For gates that learn nothing."""
+    return state
+
+
+def cubric_cells(facts: Facts, column: np.ndarray, settings: NgramSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Bins 0 .. 2 of each position's entropy and of the count behind its context, (S,) each."""
+    center = settings.ngram_eval_entropy_center
+    return (np.digitize(facts.entropy, [center - 1, center + 1]), np.digitize(facts.pick(facts.total, column), [5, 50]))
+
+
+CUBRIC_START = (0.45, 0.30, 0.45, 1.88, 2.0)  # multipliers of the orders 2, 3 .., which settled in earlier runs
+
+
+def cubric_update(state: np.ndarray, facts: Facts, chances: np.ndarray, settings: NgramSettings) -> np.ndarray:
+    """Cells in which the order beats the model more often than the mean of the cells rise by 3 %, the others fall."""
+    column = facts.highest(settings.ngram_eval_min_count)
+    rows = np.flatnonzero(column)
+    cells = np.ravel_multi_index((column, *cubric_cells(facts, column, settings)), state.shape)[rows]
+    hits = np.bincount(cells, minlength=state.size)
+    beats = np.bincount(cells, chances[rows, column[rows]] > chances[rows, 0], state.size)
+    active = hits >= 8
+    if active.sum() < 4:
+        return state
+    rates = beats / np.maximum(hits, 1)
+    lead = np.where(active, rates - rates[active].mean(), 0).reshape(state.shape)
+    raised, lowered = np.minimum(state * 1.03, 2), np.maximum(state * 0.97, 0.3)
+    return np.where(lead > 0.05, raised, np.where(lead < -0.05, lowered, state))
+
+
+LEARNED_EDGES = ((2, 4, 9, 33), (1, 2, 3, 4, 5))  # bins of the count behind the highest context, of the entropy in nats
+LEARNED_PRIOR = (100.0, 1.0)  # imagined positions that the model explained, and that the orders did, together
+LEARNED_STRENGTH = 20.0  # imagined positions in a bucket, explained as in the coarser bucket around it
+
+
+def learned_buckets(facts: Facts) -> list[np.ndarray]:
+    """Buckets (S,) of the positions, from coarse to fine: highest order seen; with how its counts are spread (one token
+    only, one with half of them, otherwise) and how many they are; with the model's entropy."""
+    column = facts.highest()
+    total, kinds, best = (facts.pick(values, column) for values in (facts.total, facts.kinds, facts.best))
+    spread = np.where(kinds == 1, 0, np.where(2 * best >= total, 1, 2))
+    middle = (column * 3 + spread) * 5 + np.digitize(total, LEARNED_EDGES[0])
+    return [column, middle, middle * 6 + np.digitize(facts.entropy, LEARNED_EDGES[1])]
+
+
+def learned_start(settings: NgramSettings) -> list[np.ndarray]:
+    """Per level of buckets, how many positions each expert explained: (buckets, 1 + E)."""
+    experts = len(orders_of(settings)) + 1
+    return [np.zeros((experts * size, experts)) for size in (1, 15, 90)]
+
+
+def learned_weights(state: list[np.ndarray], facts: Facts, settings: NgramSettings) -> np.ndarray:
+    """Each expert's share in its bucket's past; what a bucket expects at first are the shares in the coarser one."""
+    experts, strength = state[0].shape[1], sum(LEARNED_PRIOR)
+    weights = np.full(experts, LEARNED_PRIOR[1] / (experts - 1) / strength)
+    weights[0] = LEARNED_PRIOR[0] / strength
+    for counts, bucket in zip(state, learned_buckets(facts), strict=True):
+        weights = counts[bucket] + strength * weights
+        weights /= weights.sum(1, keepdims=True)
+        strength = LEARNED_STRENGTH
+    return weights
+
+
+def learned_update(state: list[np.ndarray], facts: Facts, chances: np.ndarray, settings: NgramSettings
+                   ) -> list[np.ndarray]:
+    """One step of online expectation maximisation: who explained the tokens that came, under the weights of before."""
+    shares = learned_weights(state, facts, settings) * chances
+    shares /= shares.sum(1, keepdims=True)
+    return [counts + np.stack([np.bincount(bucket, share, len(counts)) for share in shares.T], 1)
+            for counts, bucket in zip(state, learned_buckets(facts), strict=True)]
+
+
+def head_weights(state: None, facts: Facts, settings: NgramSettings) -> np.ndarray:
+    """The shares that the model's own mixer head gives."""
+    return mixer_weights(torch.from_numpy(facts.head), torch.from_numpy(facts.total > 0)).numpy()
+
+
+def tilt_weights(state: None, facts: Facts, settings: NgramSettings) -> np.ndarray:
+    """The token tilt p(y) exp(beta [y = h]) / Z, Z = 1 + p(h) (exp(beta) - 1), gives every other token p(y) / Z: it is
+    the mixture that moves 1 - 1 / Z to the hint h of the longest context that has one (#2135, #1514)."""
+    column = facts.highest()
+    share = facts.pick(facts.best, column) if settings.token_boost_by_share else 1.0
+    excess = np.exp(facts.pick(facts.hint, column)) * np.expm1(settings.token_boost * share)
+    return give(column, np.where(column, excess / (1 + excess), 0), facts)
+
+
+GATES: dict[str, Gate] = {
+    "entropy": Gate(lambda settings: np.ones(len(orders_of(settings)) + 1), entropy_weights, keep_state),
+    "multipliers": Gate(lambda settings: by_order(settings.ngram_order_mults, settings), entropy_weights, keep_state),
+    "cubric": Gate(lambda settings: np.tile(by_order(CUBRIC_START, settings)[:, None, None], (1, 3, 3)),
+                   entropy_weights, cubric_update),
+    "learned": Gate(learned_start, learned_weights, learned_update),
+    "head": Gate(lambda settings: None, head_weights, keep_state, head=True),
+    "tilt": Gate(lambda settings: None, tilt_weights, keep_state, hints=True),
+}
+
+
+class NgramMixture:
+    """The model's distributions mixed with n-grams of what was scored. Its state follows from the told blocks alone."""
+
+    def __init__(self, settings: NgramSettings, vocab_size: int, tokens: np.ndarray) -> None:
+        """`tokens` (n,), the stream's first ones, are no targets."""
+        self.settings, self.gate = settings, GATES[settings.ngram_gate]
+        self.store, self.state = NgramStore(orders_of(settings), vocab_size), self.gate.start(settings)
+        self.discount = 0.0 if self.gate.hints else settings.ngram_discount
+        self.columns = 2 + len(self.store.orders) * self.gate.hints + (MIXER_OUTPUTS if self.gate.head else 0)
+        self.store.absorb(tokens)
+
+    def _look(self, tokens: np.ndarray, count: int) -> tuple[list[Matches], list[np.ndarray]]:
+        """Matches of the last `count` tokens as contexts, and Facts' total, kinds and best of them."""
+        matches = self.store.look(tokens, count)
+        matches = hints_of(matches, self.settings) if self.gate.hints else matches
+        return matches, [np.stack([getattr(match, name)[match.which] for match in matches], 1)
+                         for name in ("total", "kinds", "best")]
+
+    def _base(self) -> np.ndarray:
+        """P_1 (V,): counts of single tokens, each one more."""
+        return (self.store.unigrams + 1) / (self.store.unigrams + 1).sum()
+
+    def predict(self, inputs: np.ndarray, log_model: Tensor, head: np.ndarray | None = None
+                ) -> tuple[Tensor, np.ndarray]:
+        """Log-distributions (S, V) float32 of the targets behind the last S of the input tokens (n,), given the model's
+        log_model (S, V), and the notes (S, K) float32 that absorb_block wants: the caller fills column 0 with the
+        model's log-probability of the target. Inputs before the last S count as contexts only; as many as there are, up
+        to the highest order less 2, must be given. Changes nothing."""
+        matches, counts = self._look(inputs, len(log_model))
+        model = log_model.float().exp()
+        columns = [torch.zeros(len(model), 1, device=model.device), -(model * log_model).sum(-1, keepdim=True)]
+        if self.gate.hints:
+            hints = np.stack([np.where(match.total, match.hint, 0)[match.which] for match in matches], 1)
+            columns.append(log_model.float().gather(1, torch.from_numpy(hints).to(model.device)))
+        notes = torch.cat(columns, 1).cpu().numpy()
+        notes = notes if head is None else np.concatenate([notes, head.astype(np.float32)], 1)
+        weights = self.gate.weights(self.state, self._facts(counts, notes), self.settings)
+        return mix_grams(model, weights, matches, self._base(), self.discount), notes
+
+    def _facts(self, counts: list[np.ndarray], notes: np.ndarray) -> Facts:
+        """Facts of the positions of these notes."""
+        experts, rest = counts[0].shape[1], notes[:, 2:].astype(np.float64)
+        hint, head = (rest[:, :experts], rest[:, experts:]) if self.gate.hints else (None, rest)
+        return Facts(notes[:, 1].astype(np.float64), *counts, hint, head if head.shape[1] else None)
+
+    def absorb_block(self, tokens: np.ndarray, notes: np.ndarray) -> None:
+        """Learn from a block of scored targets (S,) and their notes (S, K): first the gate, then the counts."""
+        matches, counts = self._look(np.concatenate([self.store.tail, tokens[:-1]]), len(tokens))
+        chances = chain_chances(matches, tokens, self._base()[tokens], self.discount)
+        chances = np.concatenate([np.exp(notes[:, :1].astype(np.float64)), chances], 1)
+        self.state = self.gate.update(self.state, self._facts(counts, notes), chances, self.settings)
+        self.store.absorb(tokens)
+
+
+class Mixed(Frozen):
+    """The model mixed with n-grams of the targets scored in earlier stages: the declared cross-document memory."""
+    normalised = True
+
+    def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
+        super().__init__(model, config, world, phase, compiled)
+        self.mixture = NgramMixture(config.ngram, config.data.vocab_size, np.array([BOS]))
+        self.notes, self.head = self.mixture.columns, self.mixture.gate.head
+
+    def predict(self, state: Any, ask: Ask, offer: Callable[[Tensor], None]) -> Noted:
+        """The log-probabilities of the mixture; the model's own at the target is what the n-grams want to know."""
+        with torch.inference_mode():
+            hidden = self.forward(ask.tokens, ask.docs).flatten(0, 1)[ask.places]  # (S, D)
+            models, columns, done = [], [], 0
+            for row, (window, count) in enumerate(zip(ask.windows, ask.counts, strict=True)):
+                models.append(self.model.logits(hidden[done:done + count]).log_softmax(-1))
+                inputs = ask.tokens[row, :window.stop - window.start].cpu().numpy()
+                head = self.model.mixer_logits(hidden[done:done + count]).cpu().numpy() if self.head else None
+                values, notes = self.mixture.predict(inputs, models[-1], head)
+                offer(values)
+                columns.append(notes)
+                done += count
+            return Noted(torch.cat(models), np.concatenate(columns))
+
+    def absorb(self, told: Told) -> bool:
+        self.mixture.absorb_block(told.tokens, told.notes)
+        return True
+
+
 class Evaluator(NamedTuple):
     """An evaluator: what it scores in which order, who predicts, its name in the challenge's closing lines, what to
     change when time is short, and whether each of its rows lies within one document."""
@@ -4779,17 +5383,19 @@ EVALUATORS: dict[str, Evaluator] = {
     "sliding": Evaluator(plan_sliding, Frozen, "sliding_window", shrink_stride),
     "document": Evaluator(plan_document, Frozen, "document_window", shrink_stride, True),
     "ttt": Evaluator(plan_ttt, TestTime, "legal_ttt", shrink_chunk, True),
+    "ngram": Evaluator(plan_ngram, Mixed, "ngram", shrink_stride),
 }
 
 
 class Score(NamedTuple):
-    """A finished score: nats of every target (n,) float64, zero at position 0; bytes, seconds, documents, and what the
-    ledger says; `earlier` of the seconds belong to a process that was killed."""
+    """A finished score: nats of every target (n,) float64, zero at position 0; bytes, seconds, documents, what the
+    ledger says, and its journal; `earlier` of the seconds belong to a process that was killed."""
     by_target: np.ndarray
     bytes: int
     seconds: float
     documents: int
     ledger: dict[str, Any]
+    journal: str
     earlier: float
 
     @property
@@ -4917,7 +5523,8 @@ class Referee:
             self.ledger.score(number, item.windows)
             heard += offers
             if made is not None:
-                notes.append(made.float().cpu().numpy())
+                made.columns[:, 0] = made.rows.gather(1, targets[:, None])[:, 0].cpu().numpy()
+                notes.append(made.columns)
             if item.more and guest.learn(state, ask, targets):
                 self.ledger.learn(number, item.windows[:item.more])
         nats = torch.cat(heard).cpu().numpy()
@@ -4995,7 +5602,7 @@ def score(kind: str, guest: Frozen, val: Validation, config: Config, world: Worl
         world.each(work, [(number, todo[index]) for index in mine])
         referee.close_stage(guest, number, stage, number + 1 == len(stages))
     return Score(referee.nats, int(val.bytes.sum()), before + clock() - began, val.documents,
-                 referee.ledger.close(world), before)
+                 *referee.ledger.close(world), before)
 
 
 class Pace(NamedTuple):
@@ -5094,13 +5701,14 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "REFINEMENTS": set(squeeze_steps(config.artifact)) & set(REFINEMENTS),
             "CORRECTIONS": set(squeeze_steps(config.artifact)) & set(CORRECTIONS),
             "MIXERS": {block.letter for block in parse_stack(config.model.stack)[0]},
-            "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval}}
+            "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval},
+            "GATES": {config.ngram.ngram_gate}}
 
 
 def check_rows(config: Config) -> None:
     """Look every row up that the run will need, before any work: in a packed file one may be missing."""
     tables = {"FORMATS": FORMATS, "SOLVERS": SOLVERS, "CODECS": CODECS, "MIXERS": MIXERS, "EVALUATORS": EVALUATORS,
-              "MUON_BACKENDS": MUON_BACKENDS, "REFINEMENTS": REFINEMENTS, "CORRECTIONS": CORRECTIONS}
+              "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "REFINEMENTS": REFINEMENTS, "CORRECTIONS": CORRECTIONS}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]
@@ -5145,13 +5753,13 @@ def check_squeeze(config: Config) -> None:
         raise ConfigError(f"STAGES={','.join(stages)}: the squeeze needs a calibration; put calibrate before write")
 
 
-def load_packer(tools_path: str) -> Any:
-    """The module tools/pack.py; ConfigError where it is absent."""
-    path = Path(tools_path) / "pack.py"
+def load_tool(tools_path: str, name: str, asked: str) -> Any:
+    """The module tools/<name>.py; ConfigError, with the setting that asked for it, where it is absent."""
+    path = Path(tools_path) / f"{name}.py"
     if not path.exists():
-        raise ConfigError(f"PACK=1: needs {path}, which is not there; TOOLS_PATH names its folder, PACK=0 runs the "
-                          "readable file and records it")
-    spec = importlib.util.spec_from_file_location("sixteen_pack", path)
+        raise ConfigError(f"{asked}=1: needs {path}, which is not there; TOOLS_PATH names its folder, {asked}=0 goes "
+                          "on without it")
+    spec = importlib.util.spec_from_file_location(f"sixteen_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -5161,7 +5769,7 @@ def load_packer(tools_path: str) -> Any:
 def pack_self(config: Config) -> bytes:
     """The packed form of this readable file for a configuration."""
     source = Path(__file__).read_bytes()
-    packer = load_packer(config.run.tools_path)
+    packer = load_tool(config.run.tools_path, "pack", "PACK")
     return packer.pack_source(source.decode(), baked(config),
                               packer.provenance_line(source, Path(__file__).resolve().parent), used_rows(config))
 
@@ -5180,7 +5788,7 @@ class Run:
         fault = ""
         if world.first:
             try:
-                self._open_folder()
+                self._usablefolder()
             except (ConfigError, OSError) as error:
                 fault = str(error) if isinstance(error, ConfigError) else user_line(error, str(self.folder))
         if fault := world.same(fault):
@@ -5192,7 +5800,7 @@ class Run:
         self.dtype = pick_dtype(config.system.compute_dtype, world.device)
         self.dataset: Data | None = None
 
-    def _open_folder(self) -> None:
+    def _usablefolder(self) -> None:
         """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script.
 
         A run folder belongs to one configuration and one source, so that nothing in it can be mistaken for another's.
@@ -5586,6 +6194,15 @@ def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> Co
     return with_settings(config, changes)
 
 
+def audit_evaluators(run: Run, config: Config, model: GPT) -> dict[str, Any]:
+    """The verdict of tools/audit.py on each rule: pass and evidence, printed line by line."""
+    tool = load_tool(config.run.tools_path, "audit", "AUDIT")
+    verdicts = tool.audit(sys.modules[__name__], config, model, run.data(), config.eval.audit_tokens, run.clock)
+    for rule, verdict in verdicts.items():
+        run.log.line(f"audit: {rule} {'pass' if verdict['pass'] else 'FAIL'}: {verdict['evidence']}")
+    return verdicts
+
+
 def stage_evaluate(run: Run) -> None:
     """Score the artifact on disk with every evaluator, then, as a diagnostic, the float weights."""
     began = run.clock()
@@ -5611,6 +6228,7 @@ def stage_evaluate(run: Run) -> None:
         run.log.line(f"{label}_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}")
         run.log.event("score", evaluator=kind, **{key: entry[key] for key in entry if key != "documents"})
     seconds = run.clock() - began + sum(found.earlier for found in scores.values())
+    verdicts = run.world.same(audit_evaluators(run, config, model) if run.world.first and config.eval.audit else {})
     path = run.folder / "checkpoint.pt"
     if path.exists():
         held = load_checkpoint(path)
@@ -5626,9 +6244,12 @@ def stage_evaluate(run: Run) -> None:
         table = io.BytesIO()
         np.savez_compressed(table, **document_table(val, scores))
         write_atomic(run.folder / "documents.npz", table.getvalue())
-    run.keep(scores={kind: found.entry() for kind, found in scores.items()}, ledger=ledger, eval_seconds=seconds)
+    run.keep(scores={kind: found.entry() for kind, found in scores.items()}, ledger=ledger, eval_seconds=seconds,
+             audit=verdicts)
     if run.world.first:
         shutil.rmtree(journals, ignore_errors=True)
+    if broken := [rule for rule, verdict in verdicts.items() if not verdict["pass"]]:
+        raise CheckError(f"AUDIT=1: {', '.join(broken)}: see the lines above and audit in result.json")
 
 
 def _tool(run: Run, name: str) -> str | None:
@@ -5662,7 +6283,8 @@ def stage_report(run: Run) -> None:
     run.keep(preset=config.run.preset, overlay=config.run.overlay, seed=config.run.seed, config_hash=config.digest(),
              code_sha256=sha256_file(run.folder / "train_gpt.py"), **provenance(),
              environment=environment_facts(run.world, run.threads),
-             data={"path": config.data.data_path, "manifest_sha256": run.data().manifest_sha256,
+             data={"path": config.data.data_path, "source": manifest["source"],
+                   "manifest_sha256": run.data().manifest_sha256,
                    "tokenizer_sha256": run.data().tokenizer_sha256, "lossless": val.lossless,
                    "val_documents": val.documents, "val_tokens": len(val.tokens) - 1,
                    "val_bytes": int(val.bytes.sum()), "val_document_bytes": manifest["val"].get("bytes"),
@@ -5672,6 +6294,7 @@ def stage_report(run: Run) -> None:
                          if name in ("gzip", "zstd", "xz")} if yardsticks else {},
              budget={"train_seconds": spent[0], "strict_train_seconds": strict,
                      "eval_seconds": evaluation, "ok": ok})
+    run.keep(alarms=find_alarms(run.result, config.data.vocab_size) if "scores" in run.result else [])
     picture = _tool(run, "plot.py")
     for line in final_table(run.result, config):
         run.log.line(line)
@@ -5684,6 +6307,33 @@ def stage_report(run: Run) -> None:
     if not ok:
         raise CheckError(f"budget: training {spent[0]:.1f} s of {limits[0]:g}, evaluation "
                          f"{evaluation:.1f} s of {limits[1]:g}")
+
+
+FINEWEB_BYTES, FINEWEB_FLOOR = 151_080_891, 1.0
+OTHER_FLOOR = 0.35
+
+
+def find_alarms(result: dict[str, Any], vocab_size: int) -> list[str]:
+    """What no honest evaluation shows, a line each: worse with more context, better than is plausible, worse than
+    knowing nothing, a denominator that is not the challenge's. The floor is the challenge's best known score, rounded
+    down, on its own text, and a share of the best compressor's elsewhere."""
+    scores, alarms, data = result["scores"], [], result["data"]
+    fineweb = data["source"].startswith("fineweb")
+    if fineweb and abs(data["val_bytes"] / FINEWEB_BYTES - 1) > 0.001:
+        alarms.append(f"val_bytes {data['val_bytes']}: the challenge's validation split has {FINEWEB_BYTES}")
+    known = [value for value in result["yardsticks"].values() if value]
+    floor = FINEWEB_FLOOR if fineweb else OTHER_FLOOR * min(known, default=0.0)
+    for kind, entry in scores.items():
+        uniform = math.log2(vocab_size) * entry["tokens"] / entry["bytes"]
+        if not floor < entry["val_bpb"] < 1.05 * uniform:
+            alarms.append(f"{kind} {entry['val_bpb']:.4f} BPB: not between a plausible {floor:.4f} and the "
+                          f"{uniform:.4f} of a model that knows nothing")
+    for better in ("sliding", "document"):
+        if {better, "contiguous"} <= set(scores) and (
+                scores[better]["val_bpb"] > scores["contiguous"]["val_bpb"] + 0.001):
+            alarms.append(f"{better} {scores[better]['val_bpb']:.4f} BPB: worse than contiguous "
+                          f"{scores['contiguous']['val_bpb']:.4f}, though it has more context")
+    return alarms
 
 
 def provenance() -> dict[str, str]:
@@ -5712,6 +6362,7 @@ def final_table(result: dict[str, Any], config: Config) -> list[str]:
         lines.append(f"bytes: model {artifact['model_bytes']:,} + code {artifact['code_bytes']:,} = "
                      f"{artifact['total_bytes']:,} of {artifact['limit_bytes']:,} "
                      f"({abs(left):,} {'under' if left >= 0 else 'OVER'})")
+    lines += [f"ALARM: {text}" for text in result["alarms"]]
     limit = config.train.max_wallclock_seconds
     lines.append(f"seconds: training {budget['train_seconds']:.1f} of {f'{limit:g}' if limit else 'no limit'} "
                  f"({budget['strict_train_seconds']:.1f} with warm-up and writing), evaluation "
@@ -5851,6 +6502,8 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         config = load_config(words, env)
         check_rows(config)
         check_squeeze(config)
+        if config.eval.audit:
+            load_tool(config.run.tools_path, "audit", "AUDIT")
         if "--plan" in flags:
             code = Path(__file__).stat().st_size if BAKED else len(pack_self(config))
             show(plan_report(config, code))

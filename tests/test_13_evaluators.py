@@ -116,7 +116,7 @@ def naive(model, val, windows):
     return total
 
 
-@pytest.mark.parametrize("kind", EVALUATORS)
+@pytest.mark.parametrize("kind", [kind for kind, row in EVALUATORS.items() if not row.guest.normalised])
 def test_score_equals_the_naive_sum(kind):
     config = small_config(EVAL_SEQ_LEN=24, EVAL_STRIDE=7, EVAL_BATCH_TOKENS=100, TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=5,
                           TTT_LORA_LR=0)
@@ -173,7 +173,7 @@ def test_ledger_refuses_a_skipped_tail():
     with pytest.raises(CheckError, match="1 of 9 targets were not scored exactly once"):
         ledger.merge(World(), 1, 9)
     ledger.score((0, 1), [Window(1, 9, 9)])
-    assert ledger.close(World())["scored_once"] is True
+    assert ledger.close(World())[0]["scored_once"] is True
 
 
 def test_ledger_refuses_an_update_before_the_score():
@@ -193,7 +193,7 @@ def test_journal_depends_on_what_was_scored_in_which_order():
                 ledger.score((0, job), [Window(*span)])
                 if learns:
                     ledger.learn((0, job), [Window(*span)])
-            closed = ledger.close(World())
+            closed, _ = ledger.close(World())
             assert closed["updates"] == 2 * learns
             digests.add(closed["journal_sha256"])
     assert len(digests) == 4
