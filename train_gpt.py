@@ -61,6 +61,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import types
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -1616,6 +1617,15 @@ class TrainingGrams:
             self.left -= rows.size
 
 
+# What adds lessons to training batches.
+TEACHERS: dict[str, Callable[..., Any]] = {"ngrams": TrainingGrams}
+
+
+def teachers_of(config: Config) -> set[str]:
+    """The teachers that a configuration asks for."""
+    return {"ngrams"} if config.train.complement_alpha or config.model.ngram_head else set()
+
+
 # ==== 06 KERNELS ============================================================================================
 # One record an operation. The plain formula stands first and is the documentation; its fast twin stands below
 # and must give the same values and gradients (the tests enumerate the table). To add a twin: write it under
@@ -2984,8 +2994,7 @@ class Trainer:
         self.slowest = 0.0
         self.coverage = Coverage(model)
         self.losses: list[Callable[..., Tensor]] = []
-        taught = config.train.complement_alpha or config.model.ngram_head
-        self.grams = TrainingGrams(config, self.batches) if taught else None
+        self.grams = TEACHERS["ngrams"](config, self.batches) if "ngrams" in teachers_of(config) else None
         self.board: Any = None
         self.writer, self.saving = ThreadPoolExecutor(1), None
 
@@ -5702,13 +5711,15 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "CORRECTIONS": set(squeeze_steps(config.artifact)) & set(CORRECTIONS),
             "MIXERS": {block.letter for block in parse_stack(config.model.stack)[0]},
             "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval},
-            "GATES": {config.ngram.ngram_gate}}
+            "GATES": {config.ngram.ngram_gate} if "ngram" in config.eval.eval else set(),
+            "TEACHERS": teachers_of(config)}
 
 
 def check_rows(config: Config) -> None:
     """Look every row up that the run will need, before any work: in a packed file one may be missing."""
     tables = {"FORMATS": FORMATS, "SOLVERS": SOLVERS, "CODECS": CODECS, "MIXERS": MIXERS, "EVALUATORS": EVALUATORS,
-              "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "REFINEMENTS": REFINEMENTS, "CORRECTIONS": CORRECTIONS}
+              "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
+              "CORRECTIONS": CORRECTIONS}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]
@@ -6197,7 +6208,10 @@ def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> Co
 def audit_evaluators(run: Run, config: Config, model: GPT) -> dict[str, Any]:
     """The verdict of tools/audit.py on each rule: pass and evidence, printed line by line."""
     tool = load_tool(config.run.tools_path, "audit", "AUDIT")
-    verdicts = tool.audit(sys.modules[__name__], config, model, run.data(), config.eval.audit_tokens, run.clock)
+    parts = (CheckError, Validation, World, load_tokenizer, make_guest, score, targets_of, weights_digest,
+             with_settings)
+    golf = types.SimpleNamespace(BOS=BOS, EVALUATORS=EVALUATORS, **{part.__name__: part for part in parts})
+    verdicts = tool.audit(golf, config, model, run.data(), config.eval.audit_tokens, run.clock)
     for rule, verdict in verdicts.items():
         run.log.line(f"audit: {rule} {'pass' if verdict['pass'] else 'FAIL'}: {verdict['evidence']}")
     return verdicts
@@ -6228,7 +6242,8 @@ def stage_evaluate(run: Run) -> None:
         run.log.line(f"{label}_exact val_loss:{entry['val_loss']:.8f} val_bpb:{entry['val_bpb']:.8f}")
         run.log.event("score", evaluator=kind, **{key: entry[key] for key in entry if key != "documents"})
     seconds = run.clock() - began + sum(found.earlier for found in scores.values())
-    verdicts = run.world.same(audit_evaluators(run, config, model) if run.world.first and config.eval.audit else {})
+    audited = config.eval.audit and run.world.first
+    verdicts = run.world.same(audit_evaluators(run, config, model) if audited else {})
     path = run.folder / "checkpoint.pt"
     if path.exists():
         held = load_checkpoint(path)
