@@ -672,7 +672,7 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
     """
     blocks: list[Block] = []
     root: list[Any] = []
-    usablegroups: list[tuple[str, list[Any], int]] = []
+    open_groups: list[tuple[str, list[Any], int]] = []
     at, items = 0, root
     while stack[at:].strip():
         match = _STACK_TOKEN.match(stack, at)
@@ -683,12 +683,12 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
                 raise _stack_fault(stack, at, f"{match['count']} copies: must be 1 to 999")
             items += [_parse_block(stack, match["letter"], match["over"], at)] * int(match["count"] or 1)
         elif match["open"]:
-            usablegroups.append((match["open"], items, at))
+            open_groups.append((match["open"], items, at))
             items = []
         else:
-            if not usablegroups or (usablegroups[-1][0] == "[") != (match["close"] == "]"):
+            if not open_groups or (open_groups[-1][0] == "[") != (match["close"] == "]"):
                 raise _stack_fault(stack, at, f"{match['close']} closes nothing")
-            kind, outer, start = usablegroups.pop()
+            kind, outer, start = open_groups.pop()
             if not items:
                 raise _stack_fault(stack, start, "an empty group")
             if kind == "[":
@@ -703,8 +703,8 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
         at = match.end()
         if len(items) > MAX_BLOCKS:
             raise _stack_fault(stack, at, f"more than {MAX_BLOCKS} blocks")
-    if usablegroups:
-        raise _stack_fault(stack, usablegroups[-1][2], "a group that is never closed")
+    if open_groups:
+        raise _stack_fault(stack, open_groups[-1][2], "a group that is never closed")
     visits = []
     for item in root:
         members, passes = ((item,), ((0.0, 1),)) if isinstance(item, Block) else item
