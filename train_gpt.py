@@ -5781,8 +5781,11 @@ def pack_self(config: Config) -> bytes:
     """The packed form of this readable file for a configuration."""
     source = Path(__file__).read_bytes()
     packer = load_tool(config.run.tools_path, "pack", "PACK")
-    return packer.pack_source(source.decode(), baked(config),
-                              packer.provenance_line(source, Path(__file__).resolve().parent), used_rows(config))
+    try:
+        return packer.pack_source(source.decode(), baked(config),
+                                  packer.provenance_line(source, Path(__file__).resolve().parent), used_rows(config))
+    except packer.PackError as error:
+        raise ConfigError(f"PACK=1: {error}") from None
 
 
 class Run:

@@ -3,16 +3,18 @@
 import ast
 import hashlib
 import importlib.util
-import lzma
 import os
 import random
 import re
 import runpy
 import shutil
+import string
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import pyppmd
 import pytest
 
 from tools import pack
@@ -270,32 +272,93 @@ def test_strings_over_several_lines_keep_their_inner_indent():
 # ---- the payload survives
 
 
-def literal_value(text):
-    """The bytes that Python itself reads from a file with this literal."""
-    scope = {}
-    exec(compile(f"# x\n# coding: latin-1\nvalue = '{text}'\n".encode("latin-1"), "f", "exec"), scope)
-    return scope["value"].encode("latin-1")
+# In the place of pyppmd: the payload must have come as it is, whatever Python makes of it as text; then a program that
+# shows its own frames.
+FAKE_PPMD = """
+import binascii
+class Ppmd8Decoder:
+    def __init__(self, order, memory): pass
+    def decode(self, payload, size):
+        show = b"import sys\\nprint(%r, sys._getframe(0).f_lineno, sys._getframe(1).f_lineno)"
+        return show % binascii.hexlify(payload)
+"""
+SPECIAL = b"\0\n\r'\"019abnrtxuUN{\x1a\x0c\x80\x85\xa0\xff"
 
 
-def test_literal_of_every_byte_and_of_every_pair_around_the_escapes():
-    every = bytes(range(256))
-    assert literal_value(pack.escape_latin1(every)) == every
-    special = b"\0\n\r\\'\"01789abnrtxuUN{\x1a\x0c\x80\x85\xa0\xff"
-    pairs = b"".join(bytes([a, b]) for a in special for b in special)
-    assert literal_value(pack.escape_latin1(pairs)) == pairs
-    assert literal_value(pack.escape_latin1(b"")) == b""
+def payloads():
+    rng = random.Random(1)
+    yield "nothing", b""
+    yield "every byte", bytes(range(256))
+    yield "pairs", b"".join(bytes([a, b]) for a in SPECIAL for b in SPECIAL)
+    pairs = "".join(f"{a}{b}" for a in "abc" for b in string.ascii_letters)
+    yield "pairs of letters", pairs.encode() + b"\0d\0a\0\0da\0"
+    for name, end in (("backslash", b"\\"), ("quote", b"'"), ("return", b"\r"), ("NUL", b"\0"), ("quotes", b"''")):
+        yield f"{name} at both ends", end + b"x" + end
+    for lines in (b"\n", b"\r", b"\r\n", b"\n\r", b"\r\r\n\n"):
+        yield f"lines {lines!r}", b"a" + lines * 9 + b"b"
+    for size in (1, 100, 5000, 50000):
+        yield f"{size} random bytes", rng.randbytes(size)
+        yield f"{size} special bytes", bytes(rng.choice(SPECIAL) for _ in range(size))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_literal_of_random_payloads(seed):
-    rng = random.Random(seed)
-    alphabet = bytes(range(256)) if seed % 2 else b"\0\n\r\\'07x\xff"
-    data = bytes(rng.choice(alphabet) for _ in range(rng.randrange(1, 3000)))
-    text = pack.escape_latin1(data)
-    assert literal_value(text) == data
-    assert "\n" not in text and "\r" not in text and "\0" not in text
-    if seed % 2:
-        assert len(text) < len(data) * 1.04 + 16
+@pytest.mark.parametrize("payload", [payload for _, payload in payloads()], ids=[name for name, _ in payloads()])
+def test_python_runs_a_file_around_any_payload_and_the_stub_reads_it_back(tmp_path, payload):
+    payload = payload.replace(b"'''", b"''")
+    data = pack.assemble("# x", payload, 6, 1)
+    assert len(data) - len(payload) - payload.count(b"\0") == len(pack.assemble("# x", b"", 6, 1)) + len(
+        str(pack.count_lines(data))) - 2 + len(str(zlib.crc32(payload + b"\n"))) - len(str(zlib.crc32(b"\n")))
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "pyppmd.py").write_text(FAKE_PPMD)
+    (tmp_path / "train_gpt.py").write_bytes(data)
+    lines = pack.count_lines(data)  # what Python says of its own stub
+    for code in ([str(tmp_path / "train_gpt.py")], ["-c", "import train_gpt"]):  # from the file, and from its bytes
+        done = subprocess.run([sys.executable, *code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env={
+            **os.environ, "PYTHONPATH": str(tmp_path / "fake"), "PYTHONDONTWRITEBYTECODE": "1"})
+        assert done.stdout == f"{(payload + bytes([10])).hex().encode()!r} {lines + 2} {lines}\n", done.stderr
+
+
+def test_the_pair_for_nul_is_in_no_payload_and_too_long_a_payload_is_refused():
+    letters = [a + b for a in string.ascii_letters for b in string.ascii_letters]
+    assert pack.free_pair(b"") == b"ab"
+    assert pack.free_pair(b"abac") == b"ad"
+    every = "".join(letters)
+    with pytest.raises(pack.PackError, match="too long"):
+        pack.free_pair(every.encode())
+
+
+def test_folded_indents_come_back():
+    text = "if a:\n if b:\n  c\nelse:\n d=x[1:]\nclass e:\n def f():\n  for g in h:\n   i\nj:int=0\n"
+    folded = pack.fold_indents(text)
+    assert folded == "if a:\nif b:\nc\n\n\nelse:\nd=x[1:]\n\nclass e:\ndef f():\nfor g in h:\ni\n\n\n\nj:int=0"
+    assert pack.unfold_indents(folded) == text
+    for text in (MINIATURE, REACHING):
+        text = pack.strip_source(text, BAKED)[0]
+        assert pack.unfold_indents(pack.fold_indents(text)) == text and len(pack.fold_indents(text)) < len(text)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 5, 15, 53])
+def test_a_long_stream_unpacks(seed, monkeypatch):
+    """A call of pyppmd 1.3.1 that returns more than 32768 bytes may lose one there, with all seeds here but 0."""
+    data = bytes(random.Random(seed).choices(range(97, 113), weights=range(1, 17), k=80_000))
+    stream = pack._ppmd_stream(data, 4)
+    assert pyppmd.Ppmd8Decoder(4, pack.MODEL_BYTES).decode(stream + b"\n", len(data)) == data
+    assert len(stream) > 1 << 15
+    if pyppmd.__version__ == "1.3.1":
+        monkeypatch.setattr(pack, "PIECE_BYTES", len(data))
+        assert len(stream) - len(pack._ppmd_stream(data, 4)) == (seed > 0)
+
+
+def test_orders_whose_stream_holds_triple_quotes_are_passed_over(monkeypatch):
+    real_stream = pack._ppmd_stream
+    best = pack.compress(MINIATURE.encode())[1]
+    bad = {best}
+    monkeypatch.setattr(pack, "_ppmd_stream", lambda data, order: b"'''" if order in bad else real_stream(data, order))
+    assert pack.compress(MINIATURE.encode())[1] != best
+    packed = pack.pack_source(MINIATURE, BAKED, "x")
+    assert f"Ppmd8Decoder({best},".encode() not in packed and "class Point" in pack.unpack_source(packed)
+    bad |= set(pack.ORDERS)
+    with pytest.raises(pack.PackError, match="triple quotes"):
+        pack.compress(MINIATURE.encode())
 
 
 def test_a_file_whose_payload_holds_every_byte_value_runs(tmp_path):
@@ -303,7 +366,7 @@ def test_a_file_whose_payload_holds_every_byte_value_runs(tmp_path):
     source = f"{BAKED_LINE}NOISE = {noise!r}\nprint(hash(NOISE) == hash({noise!r}), len(NOISE))\n"
     packed = pack.pack(source, {}, "x")
     assert set(packed.compressed) == set(range(256))
-    assert len(packed.data) < 1.03 * len(packed.compressed) + 600
+    assert len(packed.data) < 1.007 * len(packed.compressed) + 800
     done = run(write_packed(tmp_path, source, {}))
     assert (done.stdout, done.returncode) == ("True 12000\n", 0)
 
@@ -314,36 +377,66 @@ def test_unpack_runs_nothing_and_returns_what_runs(tmp_path):
     assert text.strip().splitlines() == ["BAKED = {}", "raise SystemExit('executed')"]
 
 
-def with_payload(payload):
-    text = pack.STUB_HEAD.format(provenance="# x") + pack.escape_latin1(payload) + pack.STUB_TAIL
-    return text.encode("latin-1")
+def with_text(folded, size=None, order=6, cut=0):
+    """A packed file of this text, whose checksum is right: its stream without the last `cut` bytes."""
+    stream = pack._ppmd_stream(folded, order)
+    return pack.assemble("# x", stream[:len(stream) - cut], order, len(folded) if size is None else size)
+
+
+def forged(data, name, value):
+    """The file with another number in its stub."""
+    around = {"check": rb"!=(\d+):sys", "lines": rb"\*(\d+),0\n", "order": rb"Decoder\((\d+),", "size": rb"_c,(\d+)\)"}
+    start, stop = re.search(around[name], data).span(1)
+    return data[:start] + str(value).encode() + data[stop:]
 
 
 def damaged_files():
     good = pack.pack_source(MINIATURE, BAKED, "x")
     middle = len(good) // 2
-    yield "truncated", good[:middle]
-    yield "readable", MINIATURE.encode()
-    yield "empty", b""
-    yield "extra code before", good.replace(b"_packed=", b"import os;_packed=", 1)
-    yield "extra code after", good + b"print(1)\n"
-    yield "expression in literal", good.replace(b"decompress('", b"decompress('a'+open('x').read()+'", 1)
-    yield "payload cut", re.sub(rb".{9}'\.encode", b"'.encode", good, count=1, flags=re.S)
-    yield "payload flipped", re.sub(rb"(decompress\('.{500}).{3}", rb"\1abc", good, count=1, flags=re.S)
-    yield "not utf-8", with_payload(pack.compress(b"\xff" * 99))
-    yield "character beyond latin-1", re.sub(rb"decompress\('", rb"decompress('\\u2028", good, count=1)
-    yield "second cookie", b"# x coding: utf-8" + good[3:]
-    yield "followed", with_payload(pack.compress(b"x = 1\n") + b"more")
-    yield "bomb", with_payload(lzma.compress(bytes(pack.SOURCE_LIMIT_BYTES + 1), format=lzma.FORMAT_ALONE))
-    yield "too long", good + bytes(pack.PACKED_LIMIT_BYTES)
+    yield "truncated", good[:middle], "not a file packed"
+    yield "readable", MINIATURE.encode(), "not a file packed"
+    yield "empty", b"", "not a file packed"
+    yield "extra code before", good.replace(b"try:import", b"import os;os.x\ntry:import", 1), "not a file packed"
+    yield "extra code between", good.replace(b"\n_c=", b"\nprint(1);_c=", 1), "not a file packed"
+    yield "extra code after", good + b"print(1)\n", "not a file packed"
+    yield "a string more", good.replace(b"\n'''\n_c", b"\n''';print(1);'''\n'''\n_c", 1), "not a file packed"
+    yield "a quote more", good.replace(b"r'''", b"r'''\n'''", 1), "not a file packed"
+    yield "another pair", re.sub(rb"b'[A-Za-z]{2}'", b"b'\\0'", good, count=1), "not a file packed"
+    yield "an octal number", forged(good, "lines", "012"), "not a file packed"
+    yield "second cookie", b"# x coding: utf-8" + good[3:], "not a file packed"
+    yield "quotes in the first line", b"# '''" + good[3:], "not a file packed"
+    yield "payload cut", re.sub(rb".{9}\n'''\n_c", b"\n'''\n_c", good, count=1, flags=re.S), "its checksum"
+    yield "payload longer", re.sub(rb"\n'''\n_c", b"more\n'''\n_c", good, count=1), "its checksum"
+    yield "payload flipped", re.sub(rb"(r'''.{500}).{3}", rb"\1abc", good, count=1, flags=re.S), "its checksum"
+    yield "another checksum", forged(good, "check", 1), "its checksum"
+    yield "other lines", forged(good, "lines", 999_999_999), "damaged payload: wrong number of lines"
+    yield "order 0", forged(good, "order", 0), "damaged payload: wrong number of lines or order"
+    yield "order 64", forged(good, "order", 64), "damaged payload: wrong number of lines or order"
+    yield "another order", forged(good, "order", 4), "damaged payload: "
+    yield "a larger size", forged(good, "size", 99_999), "damaged payload: "
+    yield "code in the payload", pack.assemble("# x", b"a''';print(1);r'''b", 6, 5), "not a file packed"
+    yield "no payload", pack.assemble("# x", b"", 6, 5), "damaged payload: "
+    yield "cut with its checksum", with_text(MINIATURE.encode(), cut=99), "damaged payload: "
+    yield "not utf-8", with_text(b"\xff" * 99), "damaged payload: 'utf-8'"
+    yield "bomb", with_text(b"x" * 9999, pack.SOURCE_LIMIT_BYTES + 1), "unpacks to more than"
+    yield "bomb of indents", with_text(b":\n" * 20_000), "unpacks to more than"
+    yield "too long", good + bytes(pack.PACKED_LIMIT_BYTES), "bytes are more than"
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in damaged_files()])
+@pytest.mark.parametrize("kind", [kind for kind, _, _ in damaged_files()])
 def test_unpack_refuses_what_is_not_a_packed_file(kind):
-    data = dict(damaged_files())[kind]
+    data, message = next((data, message) for name, data, message in damaged_files() if name == kind)
     with pytest.raises(pack.PackError) as caught:
         pack.unpack_source(data)
-    assert "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bomb", "payload flipped", "other lines", "too long"])
+def test_what_is_refused_for_its_numbers_is_not_decompressed(kind, monkeypatch):
+    data = next(data for name, data, _ in damaged_files() if name == kind)
+    monkeypatch.setattr(pack, "_ppmd", None)
+    with pytest.raises(pack.PackError):
+        pack.unpack_source(data)
 
 
 # ---- the packed file runs like the readable one
@@ -401,9 +494,10 @@ def test_an_uncaught_exception_shows_its_source_lines_and_no_foreign_ones(tmp_pa
     assert f'File "{path}", line {row}, in boom\n    raise RuntimeError(' in done.stderr
     assert done.stderr.rstrip().endswith("RuntimeError: boom")
     # The stub's own frame stands first, and the lines at its number are empty.
-    assert done.stderr.split("\n")[1] == f'  File "{path}", line {pack.STUB_LINES}, in <module>'
+    lines = pack.count_lines(path.read_bytes())
+    assert done.stderr.split("\n")[1] == f'  File "{path}", line {lines}, in <module>'
     assert done.stderr.split("\n")[2].startswith("  File ")
-    assert text[: pack.STUB_LINES] == [""] * pack.STUB_LINES
+    assert text[: lines] == [""] * lines and text[lines]
 
 
 def test_multiprocessing_spawn_works_from_the_packed_file(tmp_path):
@@ -417,6 +511,44 @@ if __name__ == "__main__":
 """
     done = run(write_packed(tmp_path, source, {}))
     assert done.stdout == "[True]\n", done.stderr
+
+
+# ---- what a packed file says when it cannot run
+
+
+def without_ppmd(folder):
+    """An environment in which pyppmd is not there."""
+    (folder / "lacking").mkdir()
+    (folder / "lacking" / "pyppmd.py").write_text("raise ImportError")
+    return {"PYTHONPATH": str(folder / "lacking")}
+
+
+def test_without_pyppmd_the_packed_file_says_so_and_exits_with_2(tmp_path):
+    done = run(write_packed(tmp_path), env=without_ppmd(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pyppmd: not installed; pip install pyppmd\n"
+
+
+def test_without_pyppmd_packing_and_unpacking_say_so(tmp_path, monkeypatch):
+    packed = pack.pack_source(MINIATURE, BAKED, "x")
+    monkeypatch.setitem(sys.modules, "pyppmd", None)
+    for act in (lambda: pack.unpack_source(packed), lambda: pack.pack_source(MINIATURE, BAKED, "x")):
+        with pytest.raises(pack.PackError, match=r"^pyppmd: not installed; pip install -r requirements\.txt$"):
+            act()
+
+
+def test_a_damaged_packed_file_says_so_in_one_line(tmp_path):
+    path = write_packed(tmp_path)
+    good = path.read_bytes()
+    start = good.index(b"r'''") + 4
+    stop = good.index(b"\n'''\n")
+    for place in (start, (start + stop) // 2, stop - 1):
+        path.write_bytes(good[:place] + (b"x" if good[place:place + 1] != b"x" else b"y") + good[place + 1:])
+        done = run(path)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{path}: damaged payload\n")
+    path.write_bytes(good[:(start + stop) // 2])
+    done = run(path)
+    assert done.returncode == 1 and "SyntaxError" in done.stderr
 
 
 # ---- refusals
@@ -439,7 +571,7 @@ def test_refusals(source, baked, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("provenance", ["two\nlines", "é", "coding: utf-8", "\0"])
+@pytest.mark.parametrize("provenance", ["two\nlines", "é", "coding: utf-8", "\0", "a ''' b"])
 def test_provenance_is_one_ascii_line_that_is_no_cookie(provenance):
     with pytest.raises(pack.PackError, match="provenance"):
         pack.pack_source(BAKED_LINE, {}, provenance)
@@ -455,10 +587,13 @@ def test_baked_values_come_back_exactly(value):
     assert repr(scope["BAKED"]) == repr({"V": value})
 
 
-def test_the_smallest_of_several_streams_is_taken():
-    data = MINIATURE.encode()
-    smallest = min(len(pack.escape_latin1(pack._lzma(data, bits, nice))) for bits in (2, 3, 4) for nice in (64, 273))
-    assert len(pack.escape_latin1(pack.compress(data))) <= smallest
+def test_the_order_with_the_fewest_bytes_is_taken():
+    for source in (MINIATURE, REACHING * 9):
+        data = source.encode()
+        sizes = {order: len(pack.assemble("# x", pack._ppmd_stream(data, order), order, 9999)) for order in pack.ORDERS}
+        stream, order = pack.compress(data)
+        assert stream == pack._ppmd_stream(data, order) and len(stream) < len(data) / 2
+        assert sizes[order] <= min(sizes.values()) + 4  # the digits of its checksum and of its lines
 
 
 # ---- pruning: what a configuration cannot reach is dropped, and nothing else
@@ -646,7 +781,7 @@ def test_pruning_nothing_is_stripping_alone(used):
     for source in (MINIATURE, REACHING):
         text, notes = pack.strip_source(source, BAKED)
         packed = pack.pack(source, BAKED, "x", used)
-        assert packed.source == "\n" * pack.STUB_LINES + text and packed.notes == notes
+        assert packed.source == "\n" * pack.count_lines(packed.data) + text and packed.notes == notes
         assert packed.data == pack.pack_source(source, BAKED, "x")
         assert (packed.stripped.tables, packed.stripped.dropped) == ([], [])
         assert "not in this packed file" not in text
@@ -766,7 +901,7 @@ def test_imports_go_with_their_last_user_and_only_then(import_line):
     for user in ("print(T, user())", f"print(T, {name})", f"del {name}", f"T.x = {name}.y"):
         assert import_line in prune(f"{source}{user}\n")[0]
     assert import_line in prune(f"{TINY_MAIN}{import_line}\nprint(T)\n")[0]  # never named: there for its effect
-    for line in ("from gone import*", "from __future__ import annotations"):
+    for line in ("from gone import *", "from __future__ import annotations"):
         assert line in prune(f"{line}\n{TINY_MAIN}def user(): return annotations['*']\nprint(T)\n")[0]
 
 
@@ -906,7 +1041,7 @@ def test_pruned_bytes_depend_on_neither_order_nor_process(tmp_path):
         assert done.stdout == first
     assert pack.shrink_source(REACHING, RECIPE, dict(reversed(USED.items()))) == pack.shrink_source(
         REACHING, RECIPE, USED)
-    assert len(first) < 0.9 * len(pack.pack_source(REACHING, RECIPE, "x"))
+    assert len(first) + 150 < len(pack.pack_source(REACHING, RECIPE, "x"))
 
 
 def test_sections_of_a_pruned_file_sum_to_it():
@@ -938,12 +1073,13 @@ def test_traceback_of_a_pruned_file_shows_its_lines(tmp_path):
 
 @pytest.mark.parametrize(("line", "tight"), [
     ("x = a + b * -c ** 2", "x=a+b*-c**2"), ("x = 1 if a else 2", "x=1 if a else 2"),
-    ("x = a if 'b' in c else d", "x=a if 'b'in c else d"),
+    ("x = a if 'b' in c else d", "x=a if 'b' in c else d"),
     ("return_ = not a and b or c is not d", "return_=not a and b or c is not d"), ("x = 0x1f or 0o7", "x=31 or 7"),
     ("x = [f'{a!r:>{b}} {{c}}', rb'\\x00', 'it''s', b'c']", None), ("x = 1.0.real + 1j .imag", None),
     ("x = '''a\n\n   b''' + f'''c\n  {d}\n\n'''", None), ("print(* a, ** b)", "print(*a,**b)"),
+    ("x = [a for b in (1, 2) if (c)]", "x=[a for b in (1,2) if c]"),
     ("x = lambda a, *b, c = 1, **d: (yield)", None), ("x = a[1:2, ::3]", "x=a[1:2,::3]"),
-    ("assert (a := 1) != - 1", "assert(a:=1)!=-1"), ("async def f(a, /, b: int = 1) -> 'c': await a", None),
+    ("assert (a := 1) != - 1", "assert (a:=1)!=-1"), ("async def f(a, /, b: int = 1) -> 'c': await a", None),
     ("if a:\n    x = 1\n\n\n    def g(): pass\nelse:\n    pass",
      "if a:\n x=1\n def g():\n  pass\nelse:\n pass"),
     ("x = a @ b; y = ...", "x=a@b\ny=..."),
@@ -957,16 +1093,45 @@ def test_gaps_close_without_changing_the_program(line, tight):
 
 @pytest.mark.parametrize(("line", "opened"), [
     ("return (a, b)", "return a, b"), ("x = (a, (b, c))", "x = a, (b, c)"), ("x = y, z = (1, 2)", "x = y, z = 1, 2"),
-    ("x = (a,)", "x = a,"), ("x = ()", "x = ()"), ("x = ('é', 'ü')", "x = 'é', 'ü'"), ("x = (a, b) + (c, d)", None),
+    ("x = (a,)", "x = a,"), ("x = ()", None), ("x = ('é', 'ü')", "x = 'é', 'ü'"), ("x = (a, b) + (c, d)", None),
     ("x = (*a, b)", "x = *a, b"), ("return (a, b)[0]", None), ("x[1, 2] = (3, 4)", "x[1, 2] = 3, 4"),
-    ("x = f((a, b), (c, d))", None), ("x: int = (a, b)", None), ("x = (a, lambda: (b, c))", "x = a, lambda: (b, c)"),
-    ("x = ('a)(', b)", "x = 'a)(', b"), ("return (yield (a, b))", None), ("x += (a, b)", None),
+    ("x = f((a, b), (c, d))", None), ("x: int = (a, b)", "x: int = a, b"),
+    ("x = (a, lambda: (b, c))", "x = a, lambda: (b, c)"),
+    ("x = ('a)(', b)", None), ("return (yield (a, b))", "return (yield a, b)"), ("x += (a, b)", "x += a, b"),
+    ("x = ('a', '()', b)", "x = 'a', '()', b"), ("x = any((y for y in z))", "x = any(y for y in z)"),
+    ("x = any((y for y in z), 1)", None), ("x = a or (not b)", "x = a or not b"), ("x = (a or b) and c", None),
+    ("x = a or (b and c)", "x = a or b and c"), ("x = a and (b and c)", None), ("x = (1).real", None),
+    ("x = f\"{('a' if b else c)}\"", "x = f\"{'a' if b else c}\""), ("x = f'{(lambda: 1)}'", None),
+    ("x = '(a)' + f'(a){b}'", None), ("x = (a)(b)", "x = a(b)"), ("x = (a.b)", "x = a.b"), ("x = -(-1) ** 2", None),
+    ("x = (a := 1)", None), ("f((a := 1))", "f(a := 1)"), ("assert (a, b), (c)", "assert (a, b), c"),
+    ("del (a), b", "del a, b"), ("x = not (a == b)", "x = not a == b"), ("x = ((a))", "x = a"),
+    ("raise (E(a)) from (b)", "raise E(a) from b"), ("x = 1 if (a) else (2)", "x = 1 if a else 2"),
 ])
-def test_tuples_open_without_changing_the_program(line, opened):
+def test_parentheses_go_without_changing_the_program(line, opened):
     code = f"def f():\n {line}\n"
-    text = pack._reindent(ast.unparse(ast.parse(code)))
-    assert ast.dump(ast.parse(pack._open_tuples(text))) == ast.dump(ast.parse(code))
-    assert pack._open_tuples(text) == (text if opened is None else f"def f():\n {opened}\n")
+    done = pack._drop_parens(code)
+    assert ast.dump(ast.parse(done)) == ast.dump(ast.parse(code))
+    assert done == (code if opened is None else f"def f():\n {opened}\n")
+
+
+@pytest.mark.parametrize(("code", "opened"), [
+    ("if (a or b):\n (c)\nelif (d):\n e\nelse:\n f\n", "if a or b:\n c\nelif d:\n e\nelse:\n f\n"),
+    ("try:\n a\nexcept (B, C):\n d\nexcept (D):\n e\n", "try:\n a\nexcept (B, C):\n d\nexcept D:\n e\n"),
+    ("match a:\n case (1):\n  b\n case (C(x=(1, 2))):\n  d\n", "match a:\n case 1:\n  b\n case C(x=(1, 2)):\n  d\n"),
+    ("@(a.b)\nclass C((D)):\n def f(x=(1, 2)) -> (E): pass\n", "@a.b\nclass C(D):\n def f(x=(1, 2)) -> E: pass\n"),
+    ("for (a, b) in (c, d):\n pass\n", "for a, b in c, d:\n pass\n"), ("while (a):\n pass\n", "while a:\n pass\n"),
+    ("with (a) as b, (c):\n pass\n", "with a as b, c:\n pass\n"),
+    ("async def f():\n await (a)\n", "async def f():\n await a\n"),
+])
+def test_parentheses_go_from_the_heads_of_compound_statements(code, opened):
+    assert pack._drop_parens(code) == opened and ast.dump(ast.parse(opened)) == ast.dump(ast.parse(code))
+
+
+def test_neighbouring_imports_become_one_line():
+    source = f"import os\nimport sys as s\n{TINY_MAIN}import a.b\nfrom c import d\nimport e\nprint(T, os, s, a, d, e)\n"
+    text = prune(source)[0]
+    assert text.startswith("import os,sys as s\n") and "\nimport a.b\nfrom c import d\nimport e\n" in text
+    assert "import os\nimport sys" in pack.strip_source(source, {})[0]
 
 
 @pytest.mark.parametrize("name", ["argparse", "ast", "dataclasses", "difflib", "tarfile", "typing", "test.test_fstring",
@@ -976,8 +1141,9 @@ def test_gaps_close_in_the_standard_library(name):
     if spec is None:
         pytest.skip(f"{name} is not installed")
     text = pack._reindent(ast.unparse(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))))
-    closed = pack._close_gaps(pack._open_tuples(text))
+    closed = pack._close_gaps(pack._drop_parens(text))
     assert ast.dump(ast.parse(closed)) == ast.dump(ast.parse(text)) and len(closed) < 0.98 * len(text)
+    assert pack.unfold_indents(pack.fold_indents(closed)) == closed
 
 
 def test_command_prunes_for_its_words_and_prints_a_line_a_table(project):
@@ -1050,6 +1216,9 @@ def test_command_out_and_mistakes(project, tmp_path):
     out = tmp_path / "x" / "packed.py"
     done = pack_command(project, "--out", str(out))
     assert (done.stdout, done.returncode) == (f"{out}\n", 0) and pack.unpack_source(out.read_bytes())
+    done = pack_command(project, env=without_ppmd(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pyppmd: not installed; pip install -r requirements.txt\n"
     done = pack_command(project, "WIDHT=12")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "WIDHT=12: unknown setting\nsecond line\n")
     for words in (["width"], ["--frobnicate"], ["--out"]):
