@@ -7,7 +7,8 @@ show_help() {
   cat <<'TEXT'
 usage: ./run.sh [NAME=value ...]             train, write the artifact, score it (the main job)
        ./run.sh test [PYTEST ARGUMENT ...]   lint and tests
-       ./run.sh bench gptq|codec|formats|fit [RUN_FOLDER] [NAME=value ...]   benchmarks; bench --help says more
+       ./run.sh bench gptq|codec|formats|fit|schedule|ttt|ngram [RUN_FOLDER] [NAME=value ...]
+                                             benchmarks; bench --help says more
        ./run.sh setup                        only make .venv and install requirements.txt
        ./run.sh --plan [NAME=value ...]      layer plan, parameters and predicted bytes, without training
        ./run.sh --presets                    what each preset changes

@@ -274,7 +274,8 @@ class EvalSettings:
     eval_seq_len: int = setting(1024, "window of the evaluators", unit="tokens", low=2)
     eval_stride: int = setting(64, "new targets per window of the sliding evaluator", unit="tokens", low=1)
     eval_batch_tokens: int = setting(65536, "tokens of one forward in evaluation", unit="tokens", low=1)
-    eval_budget_seconds: float = setting(600.0, "budget of the evaluators together; 0 is none", unit="seconds", low=0.0)
+    eval_budget_seconds: float = setting(600.0, "budget of the evaluators together; 0 is none", unit="seconds", low=0.0,
+                                           scope="run")
     audit: bool = setting(False, "try to make each evaluator break the rules, on the artifact and a slice of the "
                           "validation split", scope="run")
     audit_tokens: int = setting(4096, "targets of that slice, in whole documents", unit="tokens", low=2, scope="run")
@@ -780,7 +781,7 @@ OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
         "MAX_WALLCLOCK_SECONDS": 180.0, "RESERVE_SECONDS": 5.0,
         "TRAIN_LOG_EVERY": 50, "VAL_LOSS_EVERY": 300, "CHECKPOINT_SECONDS": 20.0,
         "EVAL_SEQ_LEN": 512, "EVAL_STRIDE": 128, "EVAL_BATCH_TOKENS": 4096,
-        "TTT_LORA_RANK": 8, "TTT_LORA_ALPHA": 8.0, "TTT_LORA_LR": 3e-3, "TTT_CHUNK_SIZE": 128,
+        "TTT_LORA_RANK": 8, "TTT_LORA_ALPHA": 8.0, "TTT_LORA_LR": 6e-3, "TTT_DOWN_LR": 1e-3, "TTT_CHUNK_SIZE": 128,
         "TTT_EVAL_SEQ_LEN": 512, "TTT_BATCH_SIZE": 8, "NGRAM_CHUNK_TOKENS": 256}),
     "one_gpu": ("the work of eight GPUs on one: eight times the seconds", {
         "MAX_WALLCLOCK_SECONDS": 4800.0, "RESERVE_SECONDS": 32.0, "EVAL_BUDGET_SECONDS": 4800.0}),
@@ -5575,24 +5576,26 @@ def make_guest(kind: str, model: GPT, config: Config, world: World, phase: int =
 
 def score(kind: str, guest: Frozen, val: Validation, config: Config, world: World, clock: Callable[[], float],
           journal: Path | None = None, watch: Callable[[np.ndarray, Tensor], None] | None = None,
-          deadline: float = math.inf) -> Score:
+          deadline: float = math.inf, step_positions: float | None = None) -> Score:
     """Score the whole validation split with the evaluator `kind`. The result does not depend on the number of ranks:
     jobs are whole, each is one rank's, and every target's nats stand at its own place before they are added.
 
     `journal` is the folder of the journals: jobs found there are not played again. `watch` sees positions and offered
-    rows (the audit). After `deadline` on the clock the score is given up, exit 3.
+    rows (the audit). After `deadline` on the clock the score is given up, exit 3. `step_positions` is the latency of a
+    round for the schedule, where it was measured.
     """
     began, row = clock(), EVALUATORS[kind]
     stages = row.plan(val.tokens, config)
     referee = Referee(val, config, world, clock, row.within, watch)
     referee.deadline, found, kept = deadline, {}, None
     if journal is not None:
-        what = repr((kind, guest.phase, config.data, config.model, config.eval, config.ttt, config.run.seed))
+        what = repr((kind, guest.phase, config.digest()))
         weights = weights_digest({name: part.detach().cpu() for name, part in guest.model.named_parameters()})
         key = hashlib.sha256(val.tokens.tobytes() + (what + weights).encode()).hexdigest()
         kept = Journal(journal, kind, key, world)
         found = kept.found
     before = max((record["seconds"] for record in found.values()), default=0.0)
+    latency = STEP_POSITIONS[world.device.type] if step_positions is None else step_positions
 
     def work(number: tuple[int, int]) -> None:
         job = stages[number[0]][number[1]]
@@ -5607,7 +5610,7 @@ def score(kind: str, guest: Frozen, val: Validation, config: Config, world: Worl
             if (number, job) in found:
                 windows = [window for item in stage[job] for window in item.windows]
                 referee.enter((number, job), stage[job], *kept.recall((number, job), windows, referee.ledger))
-        mine = assign([stage[job] for job in todo], world.size, STEP_POSITIONS[world.device.type])[world.rank]
+        mine = assign([stage[job] for job in todo], world.size, latency)[world.rank]
         world.each(work, [(number, todo[index]) for index in mine])
         referee.close_stage(guest, number, stage, number + 1 == len(stages))
     return Score(referee.nats, int(val.bytes.sum()), before + clock() - began, val.documents,
@@ -5619,12 +5622,16 @@ class Pace(NamedTuple):
     round: float
     position: float
 
+    def step_positions(self) -> float:
+        """The latency of a round, counted in positions."""
+        return self.round / max(self.position, 1e-12)
+
     def seconds(self, stages: list[Stage], workers: int) -> float:
         """Of a whole plan on so many workers (ranks times lanes), each stage as long as its longest share."""
         total = 0.0
         for stage in stages:
             costs = [sum(self.round + self.position * item.positions() for item in job) for job in stage]
-            shares = assign(stage, workers, self.round / max(self.position, 1e-12))
+            shares = assign(stage, workers, self.step_positions())
             total += max(sum(costs[job] for job in share) for share in shares)
         return total
 
@@ -6178,9 +6185,10 @@ def stage_reload(run: Run) -> None:
     run.log.line(f"reloaded:{run.folder / 'artifact.bin'} in {seconds:.1f}s, {compared}")
 
 
-def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> Config:
+def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> tuple[Config, dict[str, Pace]]:
     """Rehearse all evaluators, print how long each will take, and see that the budget holds them: exit 3 with settings
-    that would fit, or, with EVAL_SHRINK, those settings, which config.json then keeps for every later evaluation."""
+    that would fit, or, with EVAL_SHRINK, those settings, which config.json then keeps for every later evaluation.
+    Returns the configuration to score with and the pace of each evaluator."""
     tokens, world, budget = run.data().val.tokens, run.world, config.eval.eval_budget_seconds
     workers, began = world.size * world.lanes, run.clock()
     paces = {kind: rehearse(kind, guest, EVALUATORS[kind].plan(tokens, config), config, world, run.clock)
@@ -6193,7 +6201,7 @@ def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> Co
     run.log.event("eval_forecast", seconds=forecast, warm_up=spent)
     # The forecast comes from a rehearsal; rank 0's clock decides for all.
     if not budget or world.same(total + spent) <= budget:
-        return config
+        return config, paces
     changes, after = shrink_to_fit(config, tokens, paces, workers, world.same(budget - spent))
     words, seconds = " ".join(f"{name}={show_value(value)}" for name, value in changes.items()), sum(after.values())
     if not changes or world.same(seconds + spent) > budget:
@@ -6205,7 +6213,7 @@ def fit_evaluation(run: Run, config: Config, guests: Mapping[str, Frozen]) -> Co
                          f"would take {seconds + spent:.0f} s, and EVAL_SHRINK=1 takes them")
     run.log.line(f"EVAL_SHRINK: {words}, forecast {seconds:.1f}s; kept in config.json")
     run.pin(changes)
-    return with_settings(config, changes)
+    return with_settings(config, changes), paces
 
 
 def audit_evaluators(run: Run, config: Config, model: GPT) -> dict[str, Any]:
@@ -6229,12 +6237,13 @@ def stage_evaluate(run: Run) -> None:
         run.log.line(f"EVAL_SHRINK: as before, {' '.join(f'{name}={show_value(pinned[name])}' for name in pinned)}")
     guests = {kind: make_guest(kind, model, config, run.world, compiled=run.compiled)
               for kind in config.eval.eval}
-    config = fit_evaluation(run, config, guests)
+    config, paces = fit_evaluation(run, config, guests)
     deadline = began + config.eval.eval_budget_seconds if config.eval.eval_budget_seconds else math.inf
     journals = run.folder / "journal"
     ledger: dict[str, Any] = {"updates": 0, "scored_once": True, "journals": {}}
     for kind, guest in guests.items():
-        found = scores[kind] = score(kind, guest, val, config, run.world, run.clock, journals, deadline=deadline)
+        found = scores[kind] = score(kind, guest, val, config, run.world, run.clock, journals, deadline=deadline,
+                                     step_positions=paces[kind].step_positions())
         ledger |= {"targets": found.ledger["targets"], "updates": ledger["updates"] + found.ledger["updates"],
                    "scored_once": ledger["scored_once"] and found.ledger["scored_once"]}
         ledger["journals"][kind] = found.ledger["journal_sha256"]
@@ -6307,7 +6316,8 @@ def stage_report(run: Run) -> None:
                    "val_documents": val.documents, "val_tokens": len(val.tokens) - 1,
                    "val_bytes": int(val.bytes.sum()), "val_document_bytes": manifest["val"].get("bytes"),
                    "train_tokens": len(run.data().train), "disjoint": manifest["disjoint"]},
-             declared={"doc_isolation": config.data.doc_isolation, "packed": bool(BAKED)},
+             declared={"doc_isolation": config.data.doc_isolation, "packed": bool(BAKED),
+                       "modes": declared_modes(config), "eval_shrunk": run.pinned()},
              yardsticks={name: value for name, value in json.loads(yardsticks).items()
                          if name in ("gzip", "zstd", "xz")} if yardsticks else {},
              budget={"train_seconds": spent[0], "strict_train_seconds": strict,
@@ -6325,6 +6335,20 @@ def stage_report(run: Run) -> None:
     if not ok:
         raise CheckError(f"budget: training {spent[0]:.1f} s of {limits[0]:g}, evaluation "
                          f"{evaluation:.1f} s of {limits[1]:g}")
+
+
+# What lets earlier documents reach later ones: evaluator, when, and what to say of it.
+DECLARED_MODES: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("ngram", lambda c: True, "n-grams of earlier documents are mixed in"),
+    ("ttt", lambda c: c.ttt.ttt_warm_start_a, "TTT_WARM_START_A=1: adapters begin as an earlier document left them"),
+    ("ttt", lambda c: bool(c.ttt.phased_ttt_prefix_docs and c.ttt.global_ttt_lr),
+     "PHASED_TTT_PREFIX_DOCS: the model learns from earlier documents"))
+
+
+def declared_modes(config: Config) -> list[str]:
+    """The modes of the evaluation that a strict reader wants to know of."""
+    modes = [text for kind, holds, text in DECLARED_MODES if kind in config.eval.eval and holds(config)]
+    return modes if config.data.doc_isolation else ["DOC_ISOLATION=0: tokens attend to earlier documents", *modes]
 
 
 FINEWEB_BYTES, FINEWEB_FLOOR = 151_080_891, 1.0
@@ -6453,8 +6477,8 @@ def run_stages(config: Config, env: Mapping[str, str]) -> None:
             line(text)
         if world.first and run.other_code:
             line("declared: this script differs from the train_gpt.py that the run folder began with")
-        if not config.data.doc_isolation:
-            line("declared mode: DOC_ISOLATION=0, tokens attend to earlier documents as in the published baseline")
+        for mode in declared_modes(config):
+            line(f"declared mode: {mode}")
         same = world.gather((config.digest(), sha256_file(__file__), run.data().manifest_sha256))
         if odd := [rank for rank, facts in enumerate(same) if facts != same[0]]:
             raise ConfigError(f"WORLD_SIZE={world.size}: rank {odd[0]} has other settings, another script or other "

@@ -364,6 +364,73 @@ def test_the_picture_prices_every_tensor(tmp_path, trained, cost):
         assert labels[:2] == (["0 up", "0 down"] if cost else ["19 up", "19 down"])
 
 
+def document_table(**nats):
+    """documents.npz of four documents, the last of no bytes; nats by evaluator are bits a byte of each document."""
+    targets, sizes = np.array([10, 12, 100, 1]), np.array([20.0, 30.0, 250.0, 0.0])
+    table = {"document_targets": targets, "document_bytes": sizes, "position_targets": np.array([4, 8, 111]),
+             "position_bytes": np.array([1.0, 19.0, 280.0])}
+    for name, values in nats.items():
+        table[f"document_nats_{name}"] = np.array([*values, 0.0]) * sizes * math.log(2)
+        table[f"position_nats_{name}"] = np.array([9.0, 2.0, 1.0]) * table["position_bytes"] * math.log(2)
+    return table
+
+
+def test_documents_are_binned_and_compared():
+    found = plot.document_series(document_table(sliding=(2, 3, 1), ttt=(1.5, 3.5, 0.9), float=(9, 9, 9)))
+    middles = [2 ** 1.5, 2 ** 2.5]  # the first bin has too few bytes
+    assert found.by_position["ttt"].x == pytest.approx(middles) and found.by_position["ttt"].y == pytest.approx([2, 1])
+    assert found.position_share.y == pytest.approx([19 / 300, 280 / 300])
+    assert found.by_length["sliding"].x == pytest.approx([2 ** 3.5, 2 ** 6.5])
+    assert found.by_length["sliding"].y == pytest.approx([(20 * 2 + 30 * 3) / 50, 1])
+    assert found.reference == "sliding" and set(found.by_length) == {"sliding", "ttt"} and set(found.gains) == {"ttt"}
+    assert found.gains["ttt"].y == pytest.approx([-0.5, 0.1, 0.5])  # the document without bytes has no gain
+    assert found.totals["ttt"] == pytest.approx((20 * 0.5 - 30 * 0.5 + 250 * 0.1) / 300)
+    assert plot.document_series(document_table(ttt=(1, 1, 1), contiguous=(2, 2, 2))).reference == "contiguous"
+    assert plot.document_series(document_table(ngram=(1, 1, 1), ttt=(2, 2, 2))).totals == {"ttt": pytest.approx(-1)}
+    assert plot.document_series({}) == plot.Documents()
+
+
+@pytest.mark.parametrize("nats", [{"contiguous": (2, 3, 1), "ttt": (1.5, 3.5, 0.9), "float": (9, 9, 9)},
+                                  {"ngram": (1, 2, 3)}, {"float": (1, 2, 3)}])
+def test_documents_make_the_picture_taller(tmp_path, nats):
+    names = list(nats)
+    result = {"scores": {name: {"val_bpb": 1.5} for name in names}}
+    write_run(tmp_path, [], {"settings": {"RUN_ID": "three"}}, result)
+    np.savez_compressed(tmp_path / "documents.npz", **document_table(**nats))
+    assert plot.main([str(tmp_path)]) == 0
+    assert png_size(tmp_path / "curve.png") == (1600, 1200 + plot.DOCUMENT_PIXELS)
+    series = plot.prepare([], {}, result, table=plot.read_table(tmp_path / "documents.npz"))
+    figure = plot.draw(series)
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    lines = panels["By position in the document"].lines
+    shown = [name for name in names if name != "float"] or names
+    assert [line.get_label() for line in lines] == shown == [text.get_text() for text in figure.legends[0].texts[:-1]]
+    assert [line.get_color() for line in lines] == [plot.SCORE_COLOURS[names.index(name)] for name in shown]
+    (title, axes), = ((title, axes) for title, axes in panels.items() if title.startswith("Gain"))
+    assert title == f"Gain over {names[0]}, by document"
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == (["all documents", "ttt +0.0667"] if "ttt" in nats else ["one evaluator:\nnothing to compare"])
+    # What stood there before keeps its size and its distance from the top.
+    old = plot.draw(plot.prepare([], {}, result)).axes[0].get_position()
+    new = figure.axes[0].get_position()
+    tall = 1200 + plot.DOCUMENT_PIXELS
+    assert new.height * tall == pytest.approx(old.height * 1200)
+    assert (1 - new.y1) * tall == pytest.approx((1 - old.y1) * 1200)
+
+
+@pytest.mark.parametrize("change", [
+    lambda path: path.write_bytes(path.read_bytes()[:200]), lambda path: path.write_bytes(b"PK"),
+    lambda path: np.savez(path, document_nats_x=np.ones(2)),
+    lambda path: np.savez(path, **{**document_table(x=(1, math.nan, 1))})])
+def test_a_damaged_table_of_documents_is_one_line(tmp_path, capsys, change):
+    write_run(tmp_path, [])
+    np.savez(tmp_path / "documents.npz", **document_table(x=(1, 1, 1)))
+    change(tmp_path / "documents.npz")
+    assert plot.main([str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "documents.npz" in said.err
+
+
 # ---- the benchmarks
 
 
@@ -398,6 +465,11 @@ def tables(capsys, folder, *words, code=0):
     (["codec", "no/run"], "no/run: must be a run folder"), (["formats", "ROWS=int9"], "ROWS=int9: must be some of"),
     (["formats", "TERNARY=2"], "TERNARY=2: must be 0 or 1"), (["formats", "MODEL_DIMS=3"], "MODEL_DIMS=3: must be one"),
     (["fit", "CAPS=0.5,0"], "CAPS=0.5,0: must be above 0"), (["fit"], "runs: no finished run"),
+    (["schedule", "PARTS=all"], "PARTS=all: must be some of padding"), (["ttt", "GRID=2"], "GRID=2: must be 0 or 1"),
+    (["schedule", "TTT_LORA_LR=1"], "TTT_LORA_LR=1: must be one of PARTS"),
+    (["ttt", "no/run"], "no/run: must be a run folder with config.json and artifact.bin"),
+    (["ttt", "MATRIX_LR=1"], "MATRIX_LR=1: must be one of DOCS"), (["ttt"], "runs: no finished run"),
+    (["ngram", "BLOCKS=256,0"], "BLOCKS=256,0: must be numbers above 0"),
 ])
 def test_wrong_words_of_a_benchmark_are_one_line(tmp_path, monkeypatch, capsys, words, start):
     monkeypatch.chdir(tmp_path)

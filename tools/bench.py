@@ -1,14 +1,22 @@
-"""Benchmarks of the squeeze: what stands in one table was measured side by side, in one run, on the machine it names.
+"""Benchmarks of squeeze and evaluation: what stands in one table was measured side by side, in one run, on the machine
+it names.
 
     ./run.sh bench gptq                       error of gptq over nearest rounding, and its seconds
     ./run.sh bench codec [RUN_FOLDER]         entropy coders: bytes against the ideal and against rivals, and speed
     ./run.sh bench formats [RUN_FOLDER ...]   a finished run squeezed with other settings, each artifact scored; runs
                                               after the first are added as their own settings have them
     ./run.sh bench fit [RUN_FOLDER ...]       FIT=1 at shares of the size of the run's int8 model
+    ./run.sh bench schedule [RUN_FOLDER]      test-time training: positions against the challenge's padded groups, and
+                                              eight simulated ranks at the paces of this machine and of others
+    ./run.sh bench ttt [RUN_FOLDER]           settings of test-time training tried on training documents, one at a time
+                                              (TTT_LORA_LR=1e-3,3e-3 TTT_SITES=q,v/head) or all combined (GRID=1)
+    ./run.sh bench ngram [RUN_FOLDER]         the n-gram mixture: gates by texts, sums, block sizes, memory and seconds
 
-Without a folder it is the newest finished one in runs/ that was trained without QAT. `--json FILE` keeps the tables as
-JSON too. `formats` and `fit` hand settings of train_gpt.py on to every launch. Seconds of `gptq` and `codec` are the
-processor's, on one thread, medians; the spread is that from fastest to slowest over the median. Options:
+Without a folder it is the newest finished one in runs/ that was trained without QAT; `schedule` then has an untrained
+model. `--json FILE` keeps the tables as JSON too; `ttt` and `ngram` keep theirs in records/ where no FILE is named.
+`formats`, `fit` and `ngram` hand settings of train_gpt.py on. Seconds of all but `formats` and `fit` are the
+processor's, on one thread (lanes with THREADS; on a GPU they are the clock's), of `gptq` and `codec` medians; the
+spread is that from fastest to slowest over the median. Options:
 
 """
 
@@ -16,6 +24,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
+import itertools
 import json
 import math
 import os
@@ -27,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +49,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import prepare  # noqa: E402
 
 import train_gpt as gpt  # noqa: E402
 
@@ -417,6 +430,493 @@ def bench_fit(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
     launches.close()
 
 
+# ---- schedule: what test-time training computes, and when eight ranks are done with it
+
+
+RANKS = 8
+RECORD = {"TTT_CHUNK_SIZE": 48, "TTT_EVAL_SEQ_LEN": 2048, "TTT_BATCH_SIZE": 64, "TTT_SHORT_SCORE_FIRST_STEPS": ""}
+PUBLISHED_ROWS = 64  # documents that the challenge's record scripts put side by side
+PUBLISHED_ENDS = (833, 1666, 2500)  # finished documents at which all their ranks wait and train the whole model
+# Percentile -> tokens of the challenge's 50,000 validation documents, from the logs of its records; and the longest.
+LENGTHS, LONGEST = {0: 27, 25: 292, 50: 567, 75: 1075, 90: 1880, 95: 2780, 99: 6600}, 97_114
+# 1.01 billion positions, forward and backward, take eight H100 180 s (PR 1855).
+H100_POSITION = 180 * RANKS / 1.01e9
+LATENCIES = (256, 4096, 16384, 37000, 65536)  # positions; at 37,000 a step of 16 rows takes the 0.1 s of those logs
+CHUNK_TABLES: dict[str, dict[str, Any]] = {
+    "48 for all": {}, "48 for all, 128 side by side": {"TTT_BATCH_SIZE": 128},
+    "96 from 4,000, 192 from 16,000": {"TTT_SHORT_SCORE_FIRST_STEPS": "4000:48,16000:96", "TTT_CHUNK_SIZE": 192},
+    "192 from 16,000": {"TTT_SHORT_SCORE_FIRST_STEPS": "16000:48", "TTT_CHUNK_SIZE": 192},
+    "8 up to 256, 24 up to 2,000 (PR 2014)": {"TTT_SHORT_SCORE_FIRST_STEPS": "256:8,2000:24"}}
+
+
+class Work(NamedTuple):
+    """A job as the simulation sees it: forwards that follow each other, positions of all of them, documents."""
+    rounds: int
+    positions: int
+    documents: int
+
+    def seconds(self, pace: gpt.Pace) -> float:
+        return pace.round * self.rounds + pace.position * self.positions
+
+
+def draw_lengths(count: int) -> np.ndarray:
+    """`count` lengths, ascending: the quantiles of LENGTHS, straight in the logarithm between them; the last hundredth
+    is a power law that ends at the longest."""
+    share = 100 * (np.arange(count) + 0.5) / count
+    lengths = np.exp(np.interp(share, list(LENGTHS), np.log(list(LENGTHS.values()))))
+    tail, edge = np.flatnonzero(share > 99), LENGTHS[99]
+    rank = (count - tail) / (count / 100)
+    lengths[tail] = edge * rank ** (math.log(LONGEST / edge) / math.log(min(100 / count, 0.5)))
+    return np.rint(lengths).astype(np.int64)
+
+
+def make_stream(lengths: np.ndarray) -> np.ndarray:
+    """Tokens in which only the beginnings of documents matter, in an order of its own, and a last target."""
+    lengths = np.random.default_rng(0).permutation(lengths)
+    tokens = np.zeros(lengths.sum() + 1, np.int64)
+    tokens[lengths.cumsum() - lengths] = gpt.BOS
+    return tokens
+
+
+def our_work(tokens: np.ndarray, config: gpt.Config) -> tuple[list[gpt.Stage], list[list[Work]]]:
+    """The real plan, and its jobs stage by stage."""
+    stages = gpt.plan_ttt(tokens, config)
+    return stages, [[Work(len(job), sum(item.positions() for item in job),
+                          sum(len(item.windows) for item in job if item.fresh)) for job in stage] for stage in stages]
+
+
+def published_work(lengths: np.ndarray, chunk: int, context: int) -> list[Work]:
+    """The challenge's groups, longest first: documents sorted by length, 64 side by side, every row computed up to the
+    end of the group's longest, in windows that end with the chunk and are as wide as there is context."""
+    lengths, jobs = np.sort(lengths), []
+    for group in (lengths[at:at + PUBLISHED_ROWS] for at in range(0, len(lengths), PUBLISHED_ROWS)):
+        widths = np.minimum((np.arange(-(-int(group[-1]) // chunk)) + 1) * chunk, context)
+        jobs.append(Work(len(widths), len(group) * int(widths.sum()), len(group)))
+    return jobs[::-1]
+
+
+def claim(jobs: list[Work], pace: gpt.Pace, ends: tuple[int, ...] = ()) -> float:
+    """Seconds until ranks that each claim the next job when they are free have done all; at each of `ends` finished
+    documents nobody claims more until all have finished."""
+    free, running, finished, ends = [0.0] * RANKS, [], 0, list(ends)
+    for job in jobs:
+        while running and running[0][0] <= free[0]:
+            finished += heapq.heappop(running)[1]
+        if ends and finished >= ends[0]:
+            free = [max(free)] * RANKS
+            finished += sum(documents for _, documents in running)
+            running, ends = [], [end for end in ends if end > finished]
+        done = heapq.heappop(free) + job.seconds(pace)
+        heapq.heappush(free, done)
+        heapq.heappush(running, (done, job.documents))
+    return max(free)
+
+
+def assigned(stages: list[gpt.Stage], work: list[list[Work]], pace: gpt.Pace, step_positions: float) -> float:
+    """Seconds of our static schedule, which knows the latency as `step_positions` only: each stage as long as its
+    longest share."""
+    return sum(max(sum(jobs[number].seconds(pace) for number in share)
+                   for share in gpt.assign(stage, RANKS, step_positions)) for stage, jobs in zip(stages, work,
+                                                                                                 strict=True))
+
+
+def padding_table(folder: Path | None) -> Table:
+    """(a) Positions on real documents: ours against the padded groups."""
+    config = gpt.load_config(["PRESET=sixteen", "OVERLAY=tiny"], {}, gpus=0)
+    tokens = gpt.load_data(config.data, gpt.World()).val.tokens
+    lengths = np.array([end - start for start, end in gpt.find_documents(tokens)])
+    chunk, context, rows = config.ttt.ttt_chunk_size, config.ttt.ttt_eval_seq_len, []
+    padded = published_work(lengths, chunk, context)
+    for name, jobs in (("published: 64 side by side, padded", padded), *(
+            (f"ours, TTT_BATCH_SIZE={size}",
+             sum(our_work(tokens, gpt.with_settings(config, {"TTT_BATCH_SIZE": size}))[1], []))
+            for size in (config.ttt.ttt_batch_size, PUBLISHED_ROWS))):
+        rounds, positions = (sum(getattr(job, part) for job in jobs) for part in ("rounds", "positions"))
+        rows.append([name, len(jobs), rounds, positions, positions / sum(job.positions for job in padded)])
+    return Table(f"Positions computed by test-time training: WikiText-2 validation, {len(lengths)} documents, "
+                 f"{len(tokens) - 1:,} targets, chunk {chunk}, context {context}", {
+        "plan": "", "groups": ",d", "forwards": ",d", "positions": ",d", "over published": ".3f"}, rows,
+        f"wanted at most 0.333: {'yes' if rows[1][-1] <= 1 / 3 else 'NO'}")
+
+
+def measured_pace(folder: Path | None, rows: int) -> tuple[str, gpt.Pace]:
+    """What a step of test-time training costs here, and a name that has its latency in positions: a round of so many
+    documents in a window of 2,048 on the folder's model, or on an untrained one of OVERLAY=tiny, which costs the same.
+    """
+    device = torch.device("cpu")
+    if folder:
+        held = load_run(folder, [], device=device)
+        config, model = held.config, held.model
+    else:
+        config = gpt.load_config(["PRESET=sixteen", "OVERLAY=tiny"], {}, gpus=0)
+        kernels, _ = gpt.pick_kernels(config.system.kernels, device)
+        model = gpt.GPT(config.model, config.data.vocab_size, kernels,
+                        gpt.pick_dtype(config.system.compute_dtype, device))
+        gpt.init_weights(model, config.run.seed)
+    config = gpt.with_settings(config, {**RECORD, "TTT_BATCH_SIZE": rows})
+    stages = gpt.plan_ttt(make_stream(np.full(rows, RECORD["TTT_EVAL_SEQ_LEN"] + 2 * RECORD["TTT_CHUNK_SIZE"])), config)
+    guest = gpt.make_guest("ttt", model, config, gpt.World())
+    pace = gpt.rehearse("ttt", guest, stages, config, gpt.World(), time.process_time)
+    return f"this CPU ({pace.round / pace.position:,.0f})", pace
+
+
+def ranks_table(tokens: np.ndarray, lengths: np.ndarray, paces: dict[str, tuple[gpt.Pace, float]]) -> Table:
+    """(b) Busy share of eight ranks, ours and published, for each pace and what `assign` takes its latency for."""
+    config, rows = gpt.with_settings(gpt.load_config(["OVERLAY="], {}, gpus=0), RECORD), []
+    plans = [(name, *our_work(tokens, gpt.with_settings(config, more))) for name, more in (
+        ("ours", {}), ("ours, 3 phases", {"PHASED_TTT_PREFIX_DOCS": PUBLISHED_ENDS[-1], "PHASED_TTT_NUM_PHASES": 3}))]
+    padded = published_work(lengths, RECORD["TTT_CHUNK_SIZE"], RECORD["TTT_EVAL_SEQ_LEN"])
+    for what, (pace, step_positions) in paces.items():
+        found = [("published", padded, claim(padded, pace)),
+                 ("published, 3 waits", padded, claim(padded, pace, PUBLISHED_ENDS))]
+        known = pace.round / pace.position
+        found += [(name, sum(work, []), assigned(stages, work, pace, step))
+                  for (name, stages, work), step in zip((*plans, ("ours, latency known", *plans[0][1:])),
+                                                        (step_positions, step_positions, known), strict=True)]
+        for name, jobs, seconds in found:
+            costs = [job.seconds(pace) for job in jobs]
+            busy, longest = sum(costs) / RANKS / seconds, max(costs)
+            verdict = "yes" if busy >= 0.9 else "longest job" if seconds <= 1.001 * longest else "NO"
+            rows.append([what, name, sum(job.rounds for job in jobs), sum(job.positions for job in jobs) / 1e9, seconds,
+                         sum(costs) / RANKS, longest, busy, verdict if name.startswith("ours") else ""])
+    return Table(f"{RANKS} simulated ranks: {len(lengths):,} documents, mean {lengths.mean():.0f}, longest "
+                 f"{lengths.max():,} tokens, chunk 48, context 2048, 64 side by side", {
+        "pace (latency in positions)": "", "schedule": "", "forwards": ",d", "G positions": ".3f", "s in all": ".1f",
+        "s of work, a rank": ".1f", "s longest job": ".1f", "busy": ".1%", "90 %": ""}, rows,
+        "padding of published counts as work; the whole model's own training between phases is left out; unless the "
+        f"latency is known, `assign` takes it for {gpt.STEP_POSITIONS['cpu']:,.0f} positions on a CPU and for "
+        f"{gpt.STEP_POSITIONS['cuda']:,.0f} on a GPU")
+
+
+def chunks_table(tokens: np.ndarray, paces: dict[str, tuple[gpt.Pace, float]]) -> Table:
+    """(c) Other chunk sizes by the length of the document; what they cost in bits, `bench ttt` measures."""
+    config, rows = gpt.with_settings(gpt.load_config(["OVERLAY="], {}, gpus=0), RECORD), []
+    for name, more in CHUNK_TABLES.items():
+        stages, work = our_work(tokens, gpt.with_settings(config, more))
+        jobs = sum(work, [])
+        rows.append([name, sum(job.rounds for job in jobs), sum(job.positions for job in jobs) / 1e9,
+                     *(value for pace, step_positions in paces.values() for value in
+                       (assigned(stages, work, pace, step_positions), max(job.seconds(pace) for job in jobs)))])
+    return Table(f"Chunks by length of the document, {RANKS} simulated ranks: seconds in all and of the longest job", {
+        "chunk": "", "forwards": ",d", "G positions": ".3f",
+        **{f"s {name}{what}": ".1f" for name in paces for what in ("", ", longest")}}, rows)
+
+
+def bench_schedule(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
+    """The parts in order; paces are measured once."""
+    parts, folder = options["PARTS"], folders[0] if folders else None
+    if "padding" in parts:
+        yield padding_table(folder)
+    if {"ranks", "chunks"} & {*parts}:
+        lengths = draw_lengths(options["DOCS"])
+        tokens = make_stream(lengths)
+        name, here = measured_pace(folder, options["ROWS"])
+        paces = {name: (here, gpt.STEP_POSITIONS["cpu"])}
+        paces |= {f"H100 ({latency:,})": (gpt.Pace(latency * H100_POSITION, H100_POSITION), gpt.STEP_POSITIONS["cuda"])
+                  for latency in LATENCIES}
+    if "ranks" in parts:
+        yield ranks_table(tokens, lengths, paces)
+    if "chunks" in parts:
+        few = [next(iter(paces)), *(f"H100 ({latency:,})" for latency in (16384, 37000))]
+        yield chunks_table(tokens, {name: paces[name] for name in few})
+
+
+# ---- ttt and ngram: evaluators of a finished run, on texts of our choice
+
+
+class Loaded(NamedTuple):
+    """A finished run, ready to be scored: its settings, the model of its artifact, its data, where and by which clock
+    (of the processor, where it computes)."""
+    config: gpt.Config
+    model: gpt.GPT
+    data: gpt.Data
+    tokenizer: Any
+    world: gpt.World
+    clock: Callable[[], float]
+
+    def score(self, kind: str, text: gpt.Validation, settings: dict[str, Any],
+              watch: Callable[[np.ndarray, torch.Tensor], None] | None = None) -> gpt.Score:
+        """One evaluator's score of a text, with some settings changed."""
+        config = gpt.with_settings(self.config, settings)
+        guest = gpt.make_guest(kind, self.model, config, self.world)
+        return gpt.score(kind, guest, text, config, self.world, self.clock, watch=watch)
+
+    def text(self, documents: list[np.ndarray]) -> gpt.Validation:
+        """Documents, each from its BOS on, as something that can be scored. The next BOS is a document's last target.
+        BenchError where only the validation split's bytes are known."""
+        rule = self.data.manifest["byte_rule"]
+        if rule == "sidecar":
+            raise BenchError(f"DATA_PATH={self.config.data.data_path}: counts the bytes of its validation split only "
+                             "(byte_rule sidecar), so no other text can be scored")
+        counter = gpt.make_byte_counter(self.tokenizer, rule)
+        tokens = np.concatenate([*documents, [gpt.BOS]]).astype(np.int64)
+        return gpt.Validation(tokens, np.concatenate([[0], counter(tokens[:-1], tokens[1:])]), len(documents),
+                              self.data.val.lossless)
+
+
+def load_run(folder: Path, words: list[str], lanes: int = 1, device: torch.device | None = None) -> Loaded:
+    """The artifact of a run folder, as the stage evaluate reads it; ConfigError where it or the data is not there."""
+    config = gpt.load_config([f"FROM={folder}", "STAGES=evaluate", *words], {})
+    world = dataclasses.replace(gpt.World() if device else gpt.make_world({}), lanes=lanes)
+    path, data = folder / "artifact.bin", gpt.load_data(config.data, world)
+    facts, weights = gpt.load_artifact(path)
+    if facts.get("tokenizer_sha256") != data.tokenizer_sha256:
+        raise BenchError(f"DATA_PATH={config.data.data_path}: {path} was trained with another tokenizer")
+    kernels, _ = gpt.pick_kernels(config.system.kernels, world.device)
+    model = gpt.make_model_from(facts, weights, kernels, gpt.pick_dtype(config.system.compute_dtype, world.device),
+                                path).to(world.device)
+    tokenizer = gpt.load_tokenizer(Path(config.data.tokenizer_path or Path(config.data.data_path) /
+                                        data.manifest["tokenizer"]["path"]), config.data.vocab_size)
+    return Loaded(config, model, data, tokenizer, world,
+                  time.process_time if world.device.type == "cpu" else time.monotonic)
+
+
+def split_documents(tokens: np.ndarray) -> list[np.ndarray]:
+    """The documents of a stream, each from its BOS on; what stands before the first is left out."""
+    return np.split(tokens, np.flatnonzero(tokens == gpt.BOS))[1:]
+
+
+def training_documents(stream: gpt.TokenStream, count: int, chunk: int, block: int = 1 << 20) -> list[np.ndarray]:
+    """The first `count` whole documents of the training stream that have two chunks or more; BenchError if there are
+    fewer."""
+    found, tokens, at = [], np.zeros(0, np.int64), 0
+    while len(found) < count and at < len(stream):
+        tokens = np.concatenate([tokens, stream.take(at, min(at + block, len(stream)))])
+        at += block
+        *whole, tokens = split_documents(tokens) or [tokens]
+        found += [document for document in (whole if at < len(stream) else [*whole, tokens]) if len(document) > chunk]
+    if len(found) < count:
+        raise BenchError(f"DOCS={count}: the training stream has {len(found)} documents of more than {chunk} tokens")
+    return found[:count]
+
+
+# Setting -> what it is multiplied by, or what it is set to, one at a time; where no words say otherwise.
+FACTORS = {"TTT_LORA_LR": (1 / 3, 3), "TTT_LORA_RANK": (0.5, 2), "TTT_LORA_ALPHA": (0.5, 2),
+           "TTT_CHUNK_SIZE": (0.5, 2), "TTT_EVAL_SEQ_LEN": (0.5, 2)}
+VALUES = {"TTT_SITES": ("q,k,v,attn,mlp,head", "q,v", "q,v,mlp,head", "mlp,head", "head", "q,k,v,o,up,down,head"),
+          "TTT_BETA1": (0.0, 0.9), "TTT_BETA2": (0.95, 0.99, 0.999), "TTT_WEIGHT_DECAY": (0.0, 0.5, 2.0),
+          "TTT_GRAD_STEPS": (1, 2), "TTT_POLYAK_DECAY": (0.0, 0.5, 0.9), "TTT_DOWN_LR": (0.0, 1e-4, 1e-3),
+          "TTT_WARM_START_A": (0, 1), "PHASED_TTT_PREFIX_DOCS": (0, 8)}
+GRID = ("TTT_LORA_LR", "TTT_LORA_ALPHA")  # of FACTORS, where GRID=1 has no words
+TTT_NAMES = tuple(gpt.setting_name(field) for field in dataclasses.fields(gpt.TTTSettings))
+
+
+def parse_sweep(words: list[str], own: dict[str, Any], grid: bool) -> dict[str, list[Any]]:
+    """Setting -> values to try. `NAME=1,2,3`; values that hold commas themselves are parted by `/`."""
+    if words:
+        texts = dict(word.split("=", 1) for word in words)
+        return {name: [gpt.parse_value(name, part) for part in
+                       text.split("/" if "/" in text or isinstance(own[name], (tuple, str)) else ",")]
+                for name, text in texts.items()}
+    sweep = {name: [gpt.parse_value(name, type(own[name])(float(f"{own[name] * factor:.3g}"))) for factor in factors]
+             for name, factors in FACTORS.items()}
+    if grid:
+        return {name: [own[name], *sweep[name]] for name in GRID}
+    return sweep | {name: [gpt.parse_value(name, value) for value in values] for name, values in VALUES.items()}
+
+
+def sweep_rows(sweep: dict[str, list[Any]], grid: bool) -> list[dict[str, Any]]:
+    """The changes of each row: one setting after the other, or all combinations."""
+    if grid:
+        return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    return [{name: value} for name, values in sweep.items() for value in values]
+
+
+def bench_ttt(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
+    """First the base, then the run's own settings, then the sweep."""
+    folder, grid = folders[0] if folders else newest_run(), bool(options["GRID"])
+    held = load_run(folder, [], options["THREADS"])
+    own = {name: value for name, value in held.config.flat().items() if name in TTT_NAMES}
+    changes = sweep_rows(parse_sweep(options["words"], own, grid), grid)
+    for change in changes if options["words"] else ():
+        if fault := next((text.format(**config._asdict()) for config in [gpt.with_settings(held.config, change)]
+                          for holds, text in gpt.RULES if not holds(config)), ""):
+            raise BenchError(fault)
+    chunk = held.config.ttt.ttt_chunk_size
+    text = held.text(training_documents(held.data.train, options["DOCS"], chunk))
+    # The same context before every target as test-time training has, so that the difference is what it learns.
+    base = held.score("document", text, {"EVAL_SEQ_LEN": held.config.ttt.ttt_eval_seq_len, "EVAL_STRIDE": chunk})
+    start, rows, seen = base.entry()["val_bpb"], [], {}
+    rows.append(["document, nothing learned", start, 0.0, None, base.seconds, 0])
+    for change in [{}, *changes]:
+        config = gpt.with_settings(held.config, change)
+        name = " ".join(f"{key}={gpt.show_value(value)}" for key, value in change.items()) or "as the run has it"
+        if config.ttt in seen or not all(holds(config) for holds, _ in gpt.RULES):
+            continue
+        found = held.score("ttt", text, change)
+        bpb = seen[config.ttt] = found.entry()["val_bpb"]
+        rows.append([name, bpb, start - bpb, seen[held.config.ttt] - bpb, found.seconds, found.ledger["updates"]])
+        print(f"{name}: {bpb:.4f} BPB, {found.seconds:.0f} s", file=sys.stderr, flush=True)
+    best = min(rows, key=lambda row: row[1])
+    yield Table(f"Test-time training of {folder} on training text: the first {options['DOCS']} documents of two chunks "
+                f"or more, {len(text.tokens) - 1:,} targets, {text.bytes.sum():,} bytes", {
+        "settings": "", "BPB": ".4f", "gain": "+.4f", "gain over the run's": "+.4f", "s": ".1f", "updates": ",d"}, rows,
+        f"best: {best[0]}; the model has seen this text in training, so gains here only rank settings; declared modes "
+        "(TTT_WARM_START_A, PHASED_TTT_PREFIX_DOCS) carry memory between documents")
+
+
+# ---- ngram
+
+
+CORPORA = ROOT.parent / "shared" / "corpora"
+SUM_POSITIONS = 1000
+COST_BLOCK, COST_PIECE = 4096, 512  # targets of a block, and of one prediction
+FIVE_ORDERS = {"TOKEN_ORDER": "8,10,12,14,16", "TOKEN_THRESHOLD": "0.7,0.7,0.6,0.5,0.5", "TOKEN_BOOST": 2.0,
+               "TOKEN_MIN_COUNT": "3,3,2,2,2", "TOKEN_BOOST_BY_SHARE": 1}
+GATE_ROWS: dict[str, dict[str, Any]] = {**{name: {"NGRAM_GATE": name} for name in gpt.GATES},
+                                        "tilt5": {"NGRAM_GATE": "tilt", **FIVE_ORDERS}}  # PR 1514
+TEXTS = ("valid", "corpus", "order", "within")
+
+
+class SumWatch:
+    """Keeps the largest distance from one that offered probabilities sum to, in float64, at positions drawn once."""
+
+    def __init__(self, targets: int) -> None:
+        drawn = np.random.default_rng(0).choice(targets, min(SUM_POSITIONS, targets), replace=False)
+        self.chosen, self.seen, self.off = np.zeros(targets + 1, bool), 0, 0.0
+        self.chosen[drawn + 1] = True
+
+    def __call__(self, at: np.ndarray, values: torch.Tensor) -> None:
+        if len(rows := np.flatnonzero(self.chosen[at])):
+            sums = values[torch.from_numpy(rows).to(values.device)].double().exp().sum(-1)
+            self.seen, self.off = self.seen + len(rows), max(self.off, float((sums - 1).abs().max()))
+
+
+def corpus_documents(held: Loaded) -> Iterator[np.ndarray]:
+    """The documents of the shared corpus in the run's tokens, each from a BOS on; none where the corpus is not there.
+    BenchError where its file is damaged."""
+    try:
+        for path in sorted(CORPORA.glob("*.jsonl.zst"))[:1]:
+            for text in prepare.read_jsonl_zst(path, ""):
+                tokens = prepare.encode_document(held.tokenizer, text, held.data.val.lossless)
+                yield np.array([gpt.BOS, *tokens], np.int64)
+    except prepare.DataError as error:
+        raise BenchError(str(error)) from None
+
+
+def cut(documents: Iterable[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """The first documents that hold at most so many tokens; the first itself is cut off if need be."""
+    kept, left = [], tokens
+    for document in documents:
+        if kept and left < len(document):
+            break
+        kept.append(document[:tokens])
+        left -= len(document)
+    return kept
+
+
+def make_texts(held: Loaded, names: list[str], documents: int, tokens: int) -> dict[str, gpt.Validation]:
+    """The texts that there are: the validation split; documents of the shared corpus, those in another order, and
+    those with their tokens shuffled within each."""
+    rng, texts = np.random.default_rng(0), {}
+    if "valid" in names:
+        whole = len(held.data.val.tokens) <= tokens + 1
+        texts["valid"] = held.data.val if whole else held.text(cut(split_documents(held.data.val.tokens), tokens))
+    found = cut(itertools.islice(corpus_documents(held), documents), tokens) if {*names} - {"valid"} else []
+    made = {"corpus": lambda: found, "order": lambda: [found[index] for index in rng.permutation(len(found))],
+            "within": lambda: [np.concatenate([document[:1], rng.permutation(document[1:])]) for document in found]}
+    return texts | {name: held.text(make()) for name, make in made.items() if name in names and found}
+
+
+def gates_table(held: Loaded, folder: Path, texts: dict[str, gpt.Validation], gates: list[str], note: str) -> Table:
+    """Bits per byte before and after, for each text and gate."""
+    rows = []
+    for where, text in texts.items():
+        before = held.score("sliding", text, {})
+        for gate in gates:
+            if GATE_ROWS[gate]["NGRAM_GATE"] == "head" and not held.config.model.ngram_head:
+                continue
+            watch = SumWatch(len(text.tokens) - 1)
+            after = held.score("ngram", text, GATE_ROWS[gate], watch)
+            bits = [found.entry()["val_bpb"] for found in (before, after)]
+            rows.append([where, text.documents, len(text.tokens) - 1, gate, *bits, bits[1] - bits[0], watch.off,
+                         after.seconds - before.seconds, after.seconds])
+            print(f"{where} {gate}: {bits[0]:.4f} -> {bits[1]:.4f} BPB, {after.seconds:.0f} s", file=sys.stderr,
+                  flush=True)
+    return Table(f"N-gram mixture with {folder}, blocks of {held.config.ngram.ngram_chunk_tokens:,}: bits per byte "
+                 "before (sliding) and after", {
+        "text": "", "documents": ",d", "targets": ",d", "gate": "", "before": ".4f", "after": ".4f", "change": "+.4f",
+        f"|sum - 1| at {SUM_POSITIONS:,}": ".1e", "s more": ".1f", "s": ".1f"}, rows, note)
+
+
+def blocks_table(held: Loaded, where: str, text: gpt.Validation, blocks: list[int]) -> Table:
+    """Bits per byte by how many targets are scored between two updates of the counts."""
+    before, rows = held.score("sliding", text, {}).entry()["val_bpb"], []
+    for block in blocks:
+        found = held.score("ngram", text, {"NGRAM_CHUNK_TOKENS": block})
+        bits = found.entry()["val_bpb"]
+        rows.append([block, found.ledger["updates"], before, bits, bits - before, found.seconds])
+        print(f"{where}, blocks of {block}: {bits:.4f} BPB, {found.seconds:.0f} s", file=sys.stderr, flush=True)
+    return Table(f"Blocks between updates: {where}, gate {held.config.ngram.ngram_gate}, stride "
+                 f"{held.config.eval.eval_stride}", {
+        "NGRAM_CHUNK_TOKENS": ",d", "updates": ",d", "before": ".4f", "after": ".4f", "change": "+.4f", "s": ".1f"},
+        rows)
+
+
+def store_bytes(tokens: np.ndarray, orders: tuple[int, ...], vocab_size: int) -> tuple[float, float]:
+    """Bytes a token that the counts hold after these tokens, and at most while they were counted."""
+    tracemalloc.start()
+    store, before = gpt.NgramStore(orders, vocab_size), tracemalloc.get_traced_memory()[0]
+    for start in range(0, len(tokens), COST_BLOCK):
+        store.absorb(tokens[start:start + COST_BLOCK])
+    now, peak = ((value - before) / len(tokens) for value in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    return now, peak
+
+
+def cost_table(held: Loaded, millions: list[float]) -> Table:
+    """Memory, and seconds without the model: its log-distributions are one random block, used again and again."""
+    settings, vocab = held.config.ngram, held.config.data.vocab_size
+    settings = dataclasses.replace(settings, ngram_gate="learned") if settings.ngram_gate == "head" else settings
+    wanted, stream, rows = round(1e6 * max(millions)), held.data.train, []
+    tokens = stream.take(0, min(wanted, len(stream)))
+    for document in corpus_documents(held) if len(tokens) < wanted else ():
+        tokens = np.concatenate([tokens, document]) if len(tokens) < wanted else tokens
+        if len(tokens) >= wanted:
+            break
+    logits = torch.randn(COST_BLOCK, vocab, generator=torch.Generator().manual_seed(0)).mul(3).log_softmax(-1)
+    for count in sorted({min(round(1e6 * value), len(tokens)) for value in millions}):
+        mixture, spent = gpt.NgramMixture(settings, vocab, tokens[:1]), [0.0, 0.0]
+        for start in range(1, count, COST_BLOCK):
+            block, notes, began = tokens[start:min(start + COST_BLOCK, count)], [], time.process_time()
+            for first in range(0, len(block), COST_PIECE):
+                stop = min(first + COST_PIECE, len(block))
+                context = tokens[max(0, start + first - 64):start + stop - 1]
+                notes.append(mixture.predict(context, logits[first:stop])[1])
+            told = np.concatenate(notes)
+            told[:, 0] = -4.0
+            between = time.process_time()
+            mixture.absorb_block(block, told)
+            spent = [spent[0] + between - began, spent[1] + time.process_time() - between]
+        rows.append([count, sum(spent), *spent, 1e6 * sum(spent) / count,
+                     *store_bytes(tokens[:count], gpt.orders_of(settings), vocab)])
+    return Table(f"Cost of the mixture without the model: gate {settings.ngram_gate}, blocks of {COST_BLOCK:,}, "
+                 f"predictions of {COST_PIECE}, vocabulary {vocab:,}", {
+        "targets": ",d", "s": ".1f", "s predict": ".1f", "s absorb": ".1f", "us a target": ".1f",
+        "bytes a token": ".1f", "at peak": ".1f"}, rows,
+        f"only {len(tokens):,} tokens are there" if len(tokens) < wanted else "")
+
+
+def bench_ngram(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
+    """The parts in order."""
+    folder, parts = folders[0] if folders else newest_run(), options["PARTS"]
+    held = load_run(folder, ["EVAL=sliding,ngram", *options["words"]], options["THREADS"])
+    texts = {}
+    if {"gates", "blocks"} & {*parts}:
+        texts = make_texts(held, options["TEXTS"], options["DOCS"], options["TOKENS"])
+    absent = [name for name in options["TEXTS"] if name not in texts]
+    notes = [f"no corpus in {CORPORA}: {', '.join(absent)} left out"] if absent else []
+    if "head" in options["GATES"] and not held.config.model.ngram_head:
+        notes.append("trained without NGRAM_HEAD: gate head left out")
+    if "gates" in parts:
+        yield gates_table(held, folder, texts, options["GATES"], "; ".join(notes))
+    if "blocks" in parts:
+        for where, text in [*texts.items()][:1]:
+            yield blocks_table(held, where, text, options["BLOCKS"])
+    if "cost" in parts:
+        yield cost_table(held, options["MILLIONS"])
+
+
 # ---- command line
 
 
@@ -455,14 +955,25 @@ def names_option(known: Iterable[str], text: str) -> Option:
     return Option(known, read, bool, f"some of {', '.join(known)}", f"{text}: {', '.join(known)}")
 
 
+def numbers_option(default: list, read: Callable[[str], Any], text: str) -> Option:
+    """A list of numbers above 0."""
+    return Option(default, lambda words: list(map(read, words.split(","))), lambda values: all(0 < v for v in values),
+                  "numbers above 0, parted by commas", text)
+
+
 class Command(NamedTuple):
-    """A command: what makes its tables, how many run folders it takes, its options, if launches get other settings."""
+    """A command: what makes its tables, how many run folders it takes, its options; settings of train_gpt.py that it
+    takes as words, files that a folder must have, and the file in records/ that keeps its tables by itself."""
     tables: Callable[[list[Path], dict[str, Any]], Iterator[Table]]
     most_folders: int
     options: dict[str, Option]
-    launches: bool = False
+    settings: Iterable[str] = ()
+    needs: tuple[str, ...] = ("config.json", "checkpoint.pt")
+    record: str = ""
 
 
+ARTIFACT = ("config.json", "artifact.bin")
+LANES = count_option(1, "lanes of one thread each")
 SHARE_RULE = (lambda values: all(0 < value <= 1 for value in values), "above 0 and at most 1")
 COMMANDS = {
     "gptq": Command(bench_gptq, 0, {"REPEATS": count_option(20, "draws, and repetitions of what is timed")}),
@@ -474,10 +985,28 @@ COMMANDS = {
     "formats": Command(bench_formats, 99, {
         "ROWS": names_option((name for name in ROWS if name not in SLOW.values()), "rows, also as patterns"),
         "TERNARY": flag_option("adds ternary-qat: trained with the run's own settings, ternary from half-way on"),
-        "SELF": flag_option("adds int6-gptq-self: calibrated on text that the model samples, slowly")}, True),
+        "SELF": flag_option("adds int6-gptq-self: calibrated on text that the model samples, slowly")},
+        gpt.SETTINGS),
     "fit": Command(bench_fit, 99, {
         "CAPS": Option([0.55, 0.8], lambda text: list(map(float, text.split(","))), *SHARE_RULE,
-                       "shares of the int8 model")}, True)}
+                       "shares of the int8 model")}, gpt.SETTINGS),
+    "schedule": Command(bench_schedule, 1, {
+        "PARTS": names_option(("padding", "ranks", "chunks"), "tables"),
+        "DOCS": count_option(50_000, "simulated documents"),
+        "ROWS": count_option(4, "documents side by side where the pace is measured")}, (), ARTIFACT),
+    "ttt": Command(bench_ttt, 1, {
+        "DOCS": count_option(24, "training documents"),
+        "GRID": flag_option("tries all combinations; without words some of TTT_LORA_LR and TTT_LORA_ALPHA"),
+        "THREADS": LANES}, TTT_NAMES, ARTIFACT, "ttt_sweep.json"),
+    "ngram": Command(bench_ngram, 1, {
+        "PARTS": names_option(("gates", "blocks", "cost"), "tables"),
+        "GATES": names_option(GATE_ROWS, "gates"),
+        "TEXTS": names_option(TEXTS, "validation, shared corpus, the same reordered, and shuffled within documents"),
+        "DOCS": count_option(100, "documents of the shared corpus"),
+        "TOKENS": count_option(10 ** 9, "the most tokens of a text, in whole documents"),
+        "BLOCKS": numbers_option([256, 1024, 4096, 16384, 65536], int, "block sizes, on the first text"),
+        "MILLIONS": numbers_option([1.0, 2.0, 5.0], float, "million tokens of the part cost"),
+        "THREADS": LANES}, gpt.SETTINGS, ARTIFACT, "ngram.json")}
 
 
 def parse(argv: list[str]) -> tuple[Command, list[Path], dict[str, Any], Path | None]:
@@ -497,18 +1026,18 @@ def parse(argv: list[str]) -> tuple[Command, list[Path], dict[str, Any], Path | 
                 options[name] = command.options[name].parse(text)
             except ValueError as error:
                 raise BenchError(f"{word}: {error}") from None
-        elif equals and command.launches and name in gpt.SETTINGS:
+        elif equals and name in command.settings:
             options["words"].append(word)
         elif equals or word.startswith("-"):
             raise BenchError(f"{word}: must be one of {', '.join(command.options)}, --json FILE"
-                             + (", or a setting of train_gpt.py" if command.launches else ""))
+                             + (", or a setting of train_gpt.py" if command.settings else ""))
         else:
             folders.append(Path(word))
     for index, folder in enumerate(folders):
         if index == command.most_folders:
             raise BenchError(f"{folder}: bench {argv[0]} takes {command.most_folders or 'no'} run folder")
-        if not all((folder / name).exists() for name in ("config.json", "checkpoint.pt")):
-            raise BenchError(f"{folder}: must be a run folder with config.json and checkpoint.pt")
+        if not all((folder / name).exists() for name in command.needs):
+            raise BenchError(f"{folder}: must be a run folder with {' and '.join(command.needs)}")
     return command, folders, options, out
 
 
@@ -526,6 +1055,8 @@ def main(argv: list[str]) -> int:
         for table in command.tables(folders, options):
             tables.append(table.json())
             print(table.text(), flush=True)
+        if command.record and not out:
+            out = ROOT / "records" / command.record
     except (BenchError, gpt.ConfigError, gpt.CheckError) as error:
         print(error, file=sys.stderr)
         return 2

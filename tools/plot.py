@@ -1,10 +1,11 @@
-"""The picture of a run: loss, bits per byte, schedule, where the artifact's bytes go and what they cost the loss.
+"""The picture of a run: loss, bits per byte, schedule, where the artifact's bytes go and what they cost the loss, and
+how the evaluators do by position, by length of the document, and document by document.
 
     python tools/plot.py RUN_FOLDER [--out curve.png]
 
-Draws what the run folder holds (events.jsonl, config.json, result.json) and says in the picture what it lacks, so a
-run that is still going, or that was killed, has a picture too. A run without training (FROM) shows what each tensor's
-quantization costs in place of the curves. Needs nothing of train_gpt.py.
+Draws what the run folder holds (events.jsonl, config.json, result.json, documents.npz) and says in the picture what it
+lacks, so a run that is still going, or that was killed, has a picture too. A run without training (FROM) shows what
+each tensor's quantization costs in place of the curves. Needs nothing of train_gpt.py.
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ import json
 import math
 import os
 import sys
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH_PIXELS, HEIGHT_PIXELS, DOTS_PER_INCH = 1600, 1200, 100
+DOCUMENT_PIXELS = 520  # more height, for the panels of documents.npz
 # Okabe and Ito's colours: told apart by colour-blind eyes as well.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
-SCORE_COLOURS = (GREEN, BLUE, PURPLE, "#9C6A00", "#004466")
+SCORE_COLOURS = (GREEN, BLUE, PURPLE, "#9C6A00", "#004466", SKY)
 KIND_COLOURS = {"embedding": BLUE, "feed-forward": ORANGE, "attention": GREEN, "gains": PURPLE, "matrix": SKY, "": GREY}
 MOST_BARS, MOST_TENSORS = 14, 34
 TRAINING_TIME = "training time (seconds)"
+DIAGNOSTICS = ("float",)  # scores that no evaluator of the artifact made
+REFERENCES = ("contiguous", "sliding", "document")  # what gains are counted from: the first of these that is there
+LEAST_SHARE = 0.005  # of all bytes; a bin with less is not drawn: few tokens say little and stretch the axis
 
 
 class PlotError(Exception):
@@ -72,6 +81,24 @@ class Part:
 
 
 @dataclass
+class Documents:
+    """Bits per byte of each evaluator where documents differ.
+
+    `by_position` and `by_length` have a point for each of their bins at its middle, `position_share` and `length_share`
+    the share of the bytes there. `gains` are bits per byte under those of `reference`, a document a point, ascending,
+    over the share of the documents; `totals` are those of all documents together.
+    """
+
+    by_position: dict[str, Curve] = field(default_factory=dict)
+    by_length: dict[str, Curve] = field(default_factory=dict)
+    position_share: Curve = field(default_factory=Curve)
+    length_share: Curve = field(default_factory=Curve)
+    reference: str = ""
+    gains: dict[str, Curve] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Series:
     """Everything that is drawn, free of files and of matplotlib."""
 
@@ -90,6 +117,12 @@ class Series:
     total_bytes: int
     limit_bytes: int | None
     notes: list[str]
+    documents: Documents = field(default_factory=Documents)
+
+    def colour(self, name: str) -> str:
+        """The colour of a score, the same in every panel."""
+        names = list(dict.fromkeys([*self.scores, *self.documents.by_position]))
+        return SCORE_COLOURS[names.index(name) % len(SCORE_COLOURS)]
 
 
 # ---- from files to series
@@ -212,10 +245,57 @@ def byte_parts(events: list[dict], result: dict) -> tuple[list[Part], list[Part]
     return parts, list(tensors.values()), artifact.get("total_bytes", round(sum(part.bytes for part in parts)))
 
 
-def prepare(events: list[dict], config: dict, result: dict, name: str = "") -> Series:
+def bits_per_byte(nats: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Returns bits per byte."""
+    return nats / math.log(2) / count
+
+
+def bin_curves(numbers: np.ndarray, count: np.ndarray, nats: dict[str, np.ndarray]) -> tuple[dict[str, Curve], Curve]:
+    """Returns bits per byte by evaluator and the share of the bytes, over the middles of bins that double.
+
+    `numbers` says which bin (2^i .. 2^(i+1) - 1) each of the other values belongs to.
+    """
+    sums = np.bincount(numbers, count)
+    shares = sums / max(sums.sum(), 1.0)
+    kept = np.flatnonzero((shares >= LEAST_SHARE) & (sums > 0))
+    middles = (2.0 ** (kept + 0.5)).tolist()
+    curves = {name: Curve(middles, bits_per_byte(np.bincount(numbers, values)[kept], sums[kept]).tolist())
+              for name, values in nats.items()}
+    return curves, Curve(middles, shares[kept].tolist())
+
+
+def document_series(table: dict[str, np.ndarray]) -> Documents:
+    """Returns the curves of documents.npz; raises KeyError or ValueError where it lacks something or is not finite."""
+    if not table:
+        return Documents()
+    names = [name.removeprefix("document_nats_") for name in table if name.startswith("document_nats_")]
+    names = [name for name in names if name not in DIAGNOSTICS] or names
+    if not all(np.isfinite(column).all() for column in table.values()):
+        raise ValueError("a number is not finite")
+    documents = {name: table[f"document_nats_{name}"] for name in names}
+    sizes, length = table["document_bytes"], np.log2(np.maximum(table["document_targets"], 1)).astype(np.int64)
+    out = Documents()
+    out.by_position, out.position_share = bin_curves(
+        np.arange(len(table["position_bytes"])), table["position_bytes"],
+        {name: table[f"position_nats_{name}"] for name in names})
+    out.by_length, out.length_share = bin_curves(length, sizes, documents)
+    out.reference = next((name for name in (*REFERENCES, *names) if name in names), "")
+    seen = sizes > 0
+    for name in names:
+        if name != out.reference and seen.any():
+            less = documents[out.reference] - documents[name]
+            out.totals[name] = float(bits_per_byte(less.sum(), sizes.sum()))
+            gains = np.sort(bits_per_byte(less[seen], sizes[seen]))
+            out.gains[name] = Curve((100 * (np.arange(len(gains)) + 0.5) / len(gains)).tolist(), gains.tolist())
+    return out
+
+
+def prepare(events: list[dict], config: dict, result: dict, name: str = "",
+            table: dict[str, np.ndarray] | None = None) -> Series:
     """Returns all series of a run; empty ones where the run has no such data, each with a note.
 
-    `name` stands for the run id where the settings have none. Events of kinds not drawn are ignored.
+    `name` stands for the run id where the settings have none, `table` is documents.npz. Events of kinds not drawn are
+    ignored.
     """
     steps, vals, resumes = valid_events(events)
     settings = config.get("settings", {})
@@ -236,7 +316,8 @@ def prepare(events: list[dict], config: dict, result: dict, name: str = "") -> S
         val_loss=make_curve(vals, "val_loss"), val_bpb=make_curve(vals, "val_bpb"),
         lr_factor=make_curve(steps, "lr_factor"), grad_norm=make_curve(steps, "grad_norm"),
         resumes=resumes, scores=scores, yardsticks=dict(result.get("yardsticks") or {}), parts=parts, tensors=tensors,
-        total_bytes=total, limit_bytes=(result.get("artifact") or {}).get("limit_bytes"), notes=notes)
+        total_bytes=total, limit_bytes=(result.get("artifact") or {}).get("limit_bytes"), notes=notes,
+        documents=document_series(table or {}))
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -282,8 +363,14 @@ def draw(series: Series) -> Figure:
              "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
              "legend.frameon": False, "legend.fontsize": 11.5, "axes.axisbelow": True}
     with matplotlib.rc_context(style):
-        size = (WIDTH_PIXELS / DOTS_PER_INCH, HEIGHT_PIXELS / DOTS_PER_INCH)
-        figure = Figure(figsize=size, dpi=DOTS_PER_INCH)
+        more = DOCUMENT_PIXELS if series.documents.by_position else 0
+        pixels = HEIGHT_PIXELS + more
+        figure = Figure(figsize=(WIDTH_PIXELS / DOTS_PER_INCH, pixels / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
+
+        def up(y: float) -> float:
+            """The height of what stands at y of a picture without the documents."""
+            return (more + y * HEIGHT_PIXELS) / pixels
+
         # The gap in the middle holds the second axis of the schedule and the names of the bars; the right margin
         # holds the names of the horizontal lines and the numbers beside the bars.
         columns, rows = ((0.055, 0.37), (0.575, 0.31)), ((0.545, 0.325), (0.075, 0.31))
@@ -293,10 +380,12 @@ def draw(series: Series) -> Figure:
         else:
             panels += [(draw_loss, columns[0], rows[0]), (draw_schedule, columns[0], rows[1])]
         for panel, (x, width), (y, height) in panels:
-            panel(figure.add_axes((x, y, width, height)), series)
-        figure.suptitle(series.title, x=0.055, y=0.975, ha="left", fontsize=20, fontweight="bold")
+            panel(figure.add_axes((x, up(y), width, height * HEIGHT_PIXELS / pixels)), series)
+        figure.suptitle(series.title, x=0.055, y=up(0.975), ha="left", fontsize=20, fontweight="bold")
         if series.notes:
-            figure.text(0.985, 0.958, "; ".join(series.notes), ha="right", fontsize=13, color=RED)
+            figure.text(0.985, up(0.958), "; ".join(series.notes), ha="right", fontsize=13, color=RED)
+        if more:
+            draw_documents(figure, series, (60 / pixels, 310 / pixels), 432 / pixels)
     return figure
 
 
@@ -344,8 +433,7 @@ def draw_loss(axes: Axes, series: Series) -> None:
 def draw_bits(axes: Axes, series: Series) -> None:
     """Validation bits per byte, the final scores and ordinary compressors, each line named at its right end."""
     points = series.val_bpb
-    lines = [(value, name, SCORE_COLOURS[i % len(SCORE_COLOURS)], "-")
-             for i, (name, value) in enumerate(series.scores.items())]
+    lines = [(value, name, series.colour(name), "-") for name, value in series.scores.items()]
     lines += [(value, name, GREY, "--") for name, value in series.yardsticks.items()]
     lines = [line for line in lines if isinstance(line[0], (int, float)) and math.isfinite(line[0])]
     title = "Bits per byte on the validation split"
@@ -483,7 +571,91 @@ def draw_tensors(axes: Axes, series: Series) -> None:
     finish(axes, title, f"{what}\nbits per weight, scales included", "", handles)
 
 
+def draw_bins(axes: Axes, series: Series, curves: dict[str, Curve], share: Curve, title: str, x: str) -> list:
+    """Bits per byte over bins that double, and behind the lines how the bytes are spread; returns the handles."""
+    behind = axes.twinx()
+    behind.bar(share.x, share.y, width=[0.62 * x for x in share.x], color="#DDDDDD")
+    behind.set_ylim(0, 4 * max([*share.y, 1e-9]))  # the bars stay in the lowest quarter
+    behind.axis("off")
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    handles = []
+    for name, curve in curves.items():
+        handles += axes.plot(curve.x, curve.y, color=series.colour(name), marker="o", markersize=5, linewidth=1.8,
+                             label=name)
+    values = [y for curve in curves.values() for y in curve.y]
+    if values:
+        low, high = min(values), max(values)
+        pad = max(0.08 * (high - low), 0.01)
+        axes.set_ylim(low - 0.32 * (high - low) - pad, high + pad)  # above the bars
+    axes.set_xscale("log", base=2)
+    ticks = sorted({2 ** round(math.log2(x) - 0.5) for x in share.x})
+    ticks += [2 * tick for tick in ticks[-1:]]
+    axes.set_xticks(ticks[::-(-len(ticks) // 9)], [format_count(tick) for tick in ticks[::-(-len(ticks) // 9)]])
+    axes.minorticks_off()
+    finish(axes, title, x, "bits per byte")
+    return handles
+
+
+def format_count(number: int) -> str:
+    """Returns a power of two as text: 512, 1k, 64k."""
+    return f"{number}" if number < 1024 else f"{number // 1024}k"
+
+
+def draw_gains(axes: Axes, series: Series) -> None:
+    """Each evaluator's gain over the reference, the documents sorted by it, named with the gain over all of them."""
+    found = series.documents
+    title = f"Gain over {found.reference}, by document"
+    if not found.gains:
+        say_missing(axes, "one evaluator:\nnothing to compare")
+        finish(axes, title if found.reference else "Gain by document", "", "")
+        return
+    # A few documents at both ends must not squeeze the rest together.
+    edges = np.concatenate([np.quantile(curve.y, [0.02, 0.98]) for curve in found.gains.values()])
+    low, high = min(edges.min(), 0.0), max(edges.max(), 0.0)
+    pad = 0.06 * max(high - low, 1e-3)
+    axes.set_ylim(low - pad, high + pad)
+    axes.axhline(0, color=GREY, linewidth=1.2)
+    for name, curve in found.gains.items():
+        axes.plot(curve.x, curve.y, color=series.colour(name), linewidth=2)
+    lines = [("all documents", "black"), *((f"{name} {total:+.4f}", series.colour(name)) for name, total in
+                                           sorted(found.totals.items(), key=lambda item: -item[1]))]
+    for row, (text, colour) in enumerate(lines):
+        axes.text(1.04, 0.97 - 0.075 * row, text, transform=axes.transAxes, va="center", color=colour, fontsize=11.5,
+                  fontweight="normal" if row else "bold")
+    axes.set_xlim(0, 100)
+    finish(axes, title, "share of documents, sorted by gain (%)", "bits per byte saved")
+
+
+def draw_documents(figure: Figure, series: Series, rows: tuple[float, float], top: float) -> None:
+    """The three panels of documents.npz at the foot of the picture, one legend above them."""
+    found, (y, height) = series.documents, rows
+    axes = figure.add_axes((0.055, y, 0.255, height))
+    handles = draw_bins(axes, series, found.by_position, found.position_share, "By position in the document",
+                        "tokens behind the document's start")
+    axes = figure.add_axes((0.375, y, 0.22, height))
+    draw_bins(axes, series, found.by_length, found.length_share, "By length of the document",
+              "tokens of the document")
+    draw_gains(figure.add_axes((0.665, y, 0.22, height)), series)
+    from matplotlib.patches import Patch
+
+    handles.append(Patch(color="#DDDDDD", label="share of the bytes"))
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.047, top), ncol=len(handles), handlelength=1.6,
+                  columnspacing=1.4, borderaxespad=0)
+
+
 # ---- command line
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """Returns the columns of documents.npz, {} where there is none; raises PlotError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as table:
+            return dict(table)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise PlotError(f"{path}: damaged ({error})") from error
 
 
 def read_json(path: Path) -> dict:
@@ -508,9 +680,9 @@ def plot_run(folder: Path, out: Path) -> None:
         raise PlotError(f"{path}: cannot be read ({error.strerror})") from error
     try:
         series = prepare(events, read_json(folder / "config.json"), read_json(folder / "result.json"),
-                         folder.resolve().name)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PlotError(f"{folder}: an event or a result lacks what it must have ({error!r})") from error
+                         folder.resolve().name, read_table(folder / "documents.npz"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PlotError(f"{folder}: an event, a result or documents.npz lacks what it must have ({error!r})") from error
     if broken:
         series.notes.append(f"{broken} broken line{'s' * (broken > 1)} skipped")
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
