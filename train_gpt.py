@@ -910,6 +910,8 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
         owner, field = SETTINGS[name]
         config = config._replace(**{owner: dataclasses.replace(getattr(config, owner),
                                                                **{field.name: parse_value(name, value)})})
+    if faults := [text.format(**config._asdict()) for holds, text in RULES if not holds(config)]:
+        raise ConfigError("\n".join(faults))
     return config
 
 
@@ -5084,8 +5086,9 @@ def shrink_nothing(config: Config) -> dict[str, Any]:
 
 
 def shrink_stride(config: Config) -> dict[str, Any]:
-    """Twice the stride, as far as the window goes."""
-    stride = min(2 * config.eval.eval_stride, config.eval.eval_seq_len)
+    """Twice the stride, as far as the window goes, and the n-grams that want room in it."""
+    room = max(config.ngram.ngram_eval_order, *map(int, config.ngram.token_order)) * ("ngram" in config.eval.eval)
+    stride = min(2 * config.eval.eval_stride, config.eval.eval_seq_len - room)
     return {"EVAL_STRIDE": stride} if stride > config.eval.eval_stride else {}
 
 
@@ -5447,16 +5450,17 @@ class Journal:
             line, at = data[at:end], end + 1
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 head = json.loads(line)
-                body = data[at:at + head["bytes"]]
-                if head["key"] == self.key and zlib.crc32(body) == head["crc"]:
+                body, crc = data[at:at + head["bytes"]], head.pop("crc")
+                if head["key"] == self.key and zlib.crc32(json.dumps(head).encode() + body) == crc:
                     self.found[tuple(head["job"])] = {**head, "body": body}
                     at += head["bytes"]
 
     def write(self, job: tuple[int, int], nats: np.ndarray, notes: np.ndarray, ledger: Ledger, seconds: float) -> None:
         """Add one finished job."""
         body = nats.tobytes() + notes.tobytes()
-        head = {"key": self.key, "job": job, "bytes": len(body), "crc": zlib.crc32(body), "targets": len(nats),
-                "text": ledger.journal[job], "updates": ledger.updates.get(job, 0), "seconds": seconds}
+        head = {"key": self.key, "job": job, "bytes": len(body), "targets": len(nats), "text": ledger.journal[job],
+                "updates": ledger.updates.get(job, 0), "seconds": seconds}
+        head["crc"] = zlib.crc32(json.dumps(head).encode() + body)
         with self.lock:
             self.file.write(json.dumps(head).encode() + b"\n" + body + b"\n")
             self.file.flush()
@@ -5589,12 +5593,15 @@ def score(kind: str, guest: Frozen, val: Validation, config: Config, world: Worl
     referee = Referee(val, config, world, clock, row.within, watch)
     referee.deadline, found, kept = deadline, {}, None
     if journal is not None:
-        what = repr((kind, guest.phase, config.digest()))
+        judged = [value for name, value in config.recipe().items() if name != "EVAL" and SETTINGS[name][0] in (
+            "data", "model", "eval", "ttt", "ngram", "system")]
+        what = repr((kind, guest.phase, config.run.seed, guest.model.dtype, judged))
         weights = weights_digest({name: part.detach().cpu() for name, part in guest.model.named_parameters()})
         key = hashlib.sha256(val.tokens.tobytes() + (what + weights).encode()).hexdigest()
         kept = Journal(journal, kind, key, world)
         found = kept.found
     before = max((record["seconds"] for record in found.values()), default=0.0)
+    referee.deadline -= before
     latency = STEP_POSITIONS[world.device.type] if step_positions is None else step_positions
 
     def work(number: tuple[int, int]) -> None:
@@ -5650,7 +5657,7 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
             windows.append(Window(at, at + stop - start, at + first - start))
             at += stop - start + 1
         tokens = rng.integers(BOS + 1, config.data.vocab_size, at)
-        scratch = Referee(Validation(tokens, tokens, 1, True), config, world, clock, True)
+        scratch = Referee(Validation(tokens, tokens, 1, True), config, world, clock, EVALUATORS[kind].within)
         began = clock()
         scratch.play(guest, (0, 0), (Round(windows, True, len(windows) if learns else 0),))
         if world.device.type == "cuda":
@@ -6234,6 +6241,7 @@ def stage_evaluate(run: Run) -> None:
     model, val, scores = _loaded(run), run.data().val, {}
     config = with_settings(run.config, run.pinned())
     if pinned := run.pinned():
+        run.pin(pinned)
         run.log.line(f"EVAL_SHRINK: as before, {' '.join(f'{name}={show_value(pinned[name])}' for name in pinned)}")
     guests = {kind: make_guest(kind, model, config, run.world, compiled=run.compiled)
               for kind in config.eval.eval}
@@ -6242,7 +6250,8 @@ def stage_evaluate(run: Run) -> None:
     journals = run.folder / "journal"
     ledger: dict[str, Any] = {"updates": 0, "scored_once": True, "journals": {}}
     for kind, guest in guests.items():
-        found = scores[kind] = score(kind, guest, val, config, run.world, run.clock, journals, deadline=deadline,
+        found = scores[kind] = score(kind, guest, val, config, run.world, run.clock, journals,
+                                     deadline=deadline - sum(found.earlier for found in scores.values()),
                                      step_positions=paces[kind].step_positions())
         ledger |= {"targets": found.ledger["targets"], "updates": ledger["updates"] + found.ledger["updates"],
                    "scored_once": ledger["scored_once"] and found.ledger["scored_once"]}

@@ -119,7 +119,7 @@ def naive(model, val, windows):
 @pytest.mark.parametrize("kind", [kind for kind, row in EVALUATORS.items() if not row.guest.normalised])
 def test_score_equals_the_naive_sum(kind):
     config = small_config(EVAL_SEQ_LEN=24, EVAL_STRIDE=7, EVAL_BATCH_TOKENS=100, TTT_EVAL_SEQ_LEN=24, TTT_CHUNK_SIZE=5,
-                          TTT_LORA_LR=0)
+                          TTT_LORA_LR=0, TTT_DOWN_LR=0)
     model, val = make_model(config, shake=0.1), validation()
     found = scored(kind, model, val, config)
     with torch.no_grad():
