@@ -516,6 +516,25 @@ def test_a_rehearsal_asks_as_the_score_does(row, isolation):
     assert max(ask.tokens.numel() for ask in guest.asks) == widest
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"TTT_POLYAK_DECAY": 0.5, "TTT_GRAD_STEPS": 2}])
+def test_a_rehearsal_compiles_all_that_the_score_needs(monkeypatch, more):
+    """No graph is made within the score, whatever the rows of its rounds: that would cost its budget minutes on a GPU.
+    Traced by torch's own front end, with no compiler behind it."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **words: real(function, **words, backend="eager"))
+    config = tiny(STACK="A1", TTT_SITES="q,head", TTT_CHUNK_SIZE=4, TTT_EVAL_SEQ_LEN=12, **more)
+    model, val = shaken(config), stream(documents((13, 9, 8, 3, 2)))
+    torch._dynamo.reset()
+    guest = make_guest("ttt", model, config, World(), -1, compiled=True)
+    rehearse("ttt", guest, EVALUATORS["ttt"].plan(val.tokens, config), config, World(), time.monotonic)
+    graphs = train_gpt.compiled_graphs()
+    found = score("ttt", guest, val, config, World(), lambda: 0.0)
+    assert train_gpt.compiled_graphs() == graphs > 0
+    plain = score("ttt", make_guest("ttt", model, config, World(), -1), val, config, World(), lambda: 0.0)
+    assert np.abs(found.by_target - plain.by_target).max() < 1e-4
+
+
 def test_a_forecast_is_the_longest_share_of_each_stage():
     def job(*shapes):
         return tuple(Round([Window(0, length, 1)] * rows) for rows, length in shapes)
@@ -766,6 +785,16 @@ def test_a_larger_budget_goes_on_under_the_same_name(runs, paced, plays, capsys,
     plays.clear()
     run(again(runs, "more", EVAL_BUDGET_SECONDS=20_000, **given), 0, capsys)
     assert plays and not done & set(plays)
+
+
+def test_the_result_has_the_seconds_before_a_kill_of_every_evaluator(runs, paced, capsys, monkeypatch):
+    real = train_gpt.score
+    monkeypatch.setattr(train_gpt, "score", lambda *rest, **more: real(*rest, **more)._replace(earlier=1000.0))
+    run(again(runs, "earlier", EVAL_BUDGET_SECONDS=0), 0, capsys)
+    assert 2000 < result(runs, "earlier")["eval_seconds"] < 2100
+    # And of its budget they are spent.
+    said = run(again(runs, "spent", EVAL_BUDGET_SECONDS=900), 3, capsys)
+    assert said.startswith("EVAL_BUDGET_SECONDS=900: spent")
 
 
 def test_at_the_deadline_the_run_ends_with_one_line_and_keeps_its_journal(runs, paced, capsys, monkeypatch):

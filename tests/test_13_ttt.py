@@ -44,7 +44,7 @@ VOCAB, PHASE = 48, -1
 SHAPE = {"VOCAB_SIZE": VOCAB, "MODEL_DIM": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ROPE_DIMS": 4,
          "STACK": "A1 (A1)*2@0.5", "KERNELS": "reference", "EVAL_SEQ_LEN": 24, "EVAL_STRIDE": 8,
          "EVAL_BATCH_TOKENS": 128, "TTT_EVAL_SEQ_LEN": 24, "TTT_CHUNK_SIZE": 8, "TTT_BATCH_SIZE": 3, "TTT_LORA_RANK": 3,
-         "TTT_LORA_ALPHA": 5, "TTT_LORA_LR": 0.01, "TTT_WEIGHT_DECAY": 0.5}
+         "TTT_LORA_ALPHA": 5, "TTT_LORA_LR": 0.01, "TTT_DOWN_LR": 0, "TTT_WEIGHT_DECAY": 0.5}
 LENGTHS = (25, 1, 16, 60, 5, 17, 41, 2, 27, 22, 19)
 # Adam without a first moment turns the smallest gradient into a whole step, so modes are compared in float64.
 EXACT = 1e-9
