@@ -2472,7 +2472,8 @@ class GPT(nn.Module):
         """fp32 logits (B, T, V) of hidden (B, T, D); the head is the site `head`, added before the soft-cap."""
         if deltas is None or "head" not in deltas:
             return soft_logits(hidden, self.tok_emb, self.settings.logit_softcap)
-        raw = add_delta(soft_logits(hidden, self.tok_emb, 0.0), hidden.float(), "head", deltas)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        raw = add_delta(soft_logits(hidden, self.tok_emb, 0.0), hidden.to(wide), "head", deltas)
         cap = self.settings.logit_softcap
         return cap * torch.tanh(raw / cap) if cap else raw
 
@@ -3225,7 +3226,7 @@ class Trainer:
         """Train to the end; returns the `train` part of result.json."""
         if not self.finished:
             self.warm_up()
-            self._usablebar_and_board()
+            self._open_bar_and_board()
             self.watch.start()
             self._loop()
             self.watch.stop()
@@ -3243,7 +3244,7 @@ class Trainer:
                 "tokens_per_second": tokens / seconds if seconds else 0.0, "final_train_loss": self.last_loss,
                 "peak_memory_bytes": memory}
 
-    def _usablebar_and_board(self) -> None:
+    def _open_bar_and_board(self) -> None:
         """Progress bar on a terminal, curves for TensorBoard; rank 0 only."""
         if not self.world.first:
             return
@@ -5651,7 +5652,7 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
     learns = any(item.more for stage in stages for job in stage for item in job)
     rng = np.random.default_rng(stream_seed(config.run.seed, "rehearsal"))
 
-    def trial(rows: int) -> float:
+    def trial(rows: int, more: bool = learns) -> float:
         windows, at = [], 0
         for start, stop, first in widest.windows[:rows]:
             windows.append(Window(at, at + stop - start, at + first - start))
@@ -5659,7 +5660,7 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
         tokens = rng.integers(BOS + 1, config.data.vocab_size, at)
         scratch = Referee(Validation(tokens, tokens, 1, True), config, world, clock, EVALUATORS[kind].within)
         began = clock()
-        scratch.play(guest, (0, 0), (Round(windows, True, len(windows) if learns else 0),))
+        scratch.play(guest, (0, 0), (Round(windows, True, len(windows) if more else 0),))
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         return clock() - began
@@ -5667,7 +5668,9 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
     def median(rows: int) -> float:
         return statistics.median(max(world.each(trial, [rows] * world.lanes)) for _ in range(3))
 
-    trial(len(widest.windows))
+    # One row first: else a compiled graph takes the number of rows for a constant.
+    for rows, more in itertools.product(sorted({1, len(widest.windows)}), {learns, False}):
+        trial(rows, more)
     small, full, rows = median(1), median(len(widest.windows)), len(widest.windows)
     length = widest.positions() // rows
     position = max(full - small, 0.0) / (length * (rows - 1)) if rows > 1 else full / length
@@ -5816,7 +5819,7 @@ class Run:
         fault = ""
         if world.first:
             try:
-                self._usablefolder()
+                self._open_folder()
             except (ConfigError, OSError) as error:
                 fault = str(error) if isinstance(error, ConfigError) else user_line(error, str(self.folder))
         if fault := world.same(fault):
@@ -5828,7 +5831,7 @@ class Run:
         self.dtype = pick_dtype(config.system.compute_dtype, world.device)
         self.dataset: Data | None = None
 
-    def _usablefolder(self) -> None:
+    def _open_folder(self) -> None:
         """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script.
 
         A run folder belongs to one configuration and one source, so that nothing in it can be mistaken for another's.
