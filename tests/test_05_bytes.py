@@ -171,7 +171,7 @@ def test_prepared_bytes_are_the_documents(dataset):
     assert lossless == (sum(kept) == sum(sizes))
 
 
-@pytest.mark.parametrize("kind", EVALUATORS)
+@pytest.mark.parametrize("kind", [kind for kind, row in EVALUATORS.items() if not row.guest.normalised])
 def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_target(dataset, kind):
     config, val = small_config(), load(dataset)[0]
     model = make_model(config)

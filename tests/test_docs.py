@@ -24,7 +24,7 @@ def test_readme_names_only_settings_and_files_that_exist():
 
 def test_readme_quotes_error_messages_that_exist():
     """The troubleshooting table names lines that the code really prints."""
-    code = re.sub(r'"\s*f?"', "", (ROOT / "train_gpt.py").read_text())
+    code = re.sub(r'"\s*f?"', "", "".join((ROOT / name).read_text() for name in ("train_gpt.py", "tools/pack.py")))
     section = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
     for quoted in re.findall(r"^\| `([^`]+)` \|", section, re.M):
         for part in filter(None, quoted.split("...")):
