@@ -2350,7 +2350,7 @@ MIXERS: dict[str, type[nn.Module]] = {"A": Attention}
 
 # ==== 09 MODEL ==============================================================================================
 # The order of visits is data: plan_layers turns STACK into steps, and the one forward is a loop over them,
-# bound once per plan. Training, scoring and later test-time training all call it. No branch here knows a
+# bound once per plan. Training, scoring and test-time training all call it. No branch here knows a
 # system. A parameter's role decides its optimizer and its storage; init_weights is the only place that fills
 # parameters.
 
