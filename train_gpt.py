@@ -5621,6 +5621,8 @@ def score(kind: str, guest: Frozen, val: Validation, config: Config, world: Worl
         mine = assign([stage[job] for job in todo], world.size, latency)[world.rank]
         world.each(work, [(number, todo[index]) for index in mine])
         referee.close_stage(guest, number, stage, number + 1 == len(stages))
+    if kept is not None:
+        kept.file.close()
     return Score(referee.nats, int(val.bytes.sum()), before + clock() - began, val.documents,
                  *referee.ledger.close(world), before)
 
@@ -6231,7 +6233,8 @@ def audit_evaluators(run: Run, config: Config, model: GPT) -> dict[str, Any]:
     tool = load_tool(config.run.tools_path, "audit", "AUDIT")
     parts = (CheckError, Validation, World, load_tokenizer, make_guest, score, targets_of, weights_digest,
              with_settings)
-    golf = types.SimpleNamespace(BOS=BOS, EVALUATORS=EVALUATORS, **{part.__name__: part for part in parts})
+    golf = types.SimpleNamespace(BOS=BOS, EVALUATORS=EVALUATORS, DECLARED_MODES=DECLARED_MODES,
+                                 **{part.__name__: part for part in parts})
     verdicts = tool.audit(golf, config, model, run.data(), config.eval.audit_tokens, run.clock)
     for rule, verdict in verdicts.items():
         run.log.line(f"audit: {rule} {'pass' if verdict['pass'] else 'FAIL'}: {verdict['evidence']}")
@@ -6351,7 +6354,7 @@ def stage_report(run: Run) -> None:
 
 # What lets earlier documents reach later ones: evaluator, when, and what to say of it.
 DECLARED_MODES: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    ("ngram", lambda c: True, "n-grams of earlier documents are mixed in"),
+    ("ngram", lambda c: True, "EVAL=ngram: n-grams of earlier documents are mixed in"),
     ("ttt", lambda c: c.ttt.ttt_warm_start_a, "TTT_WARM_START_A=1: adapters begin as an earlier document left them"),
     ("ttt", lambda c: bool(c.ttt.phased_ttt_prefix_docs and c.ttt.global_ttt_lr),
      "PHASED_TTT_PREFIX_DOCS: the model learns from earlier documents"))

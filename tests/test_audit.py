@@ -175,7 +175,8 @@ def test_reading_the_journal(text, learned, fault):
 
 
 def test_declarations_name_settings():
-    assert {words.partition("=")[0] for words in audit.DECLARATIONS} <= set(SETTINGS)
+    assert {text.partition(":")[0].partition("=")[0] for _, _, text in train_gpt.DECLARED_MODES} <= set(SETTINGS)
+    assert {kind for kind, _, _ in train_gpt.DECLARED_MODES} <= set(EVALUATORS)
     assert all(kind in EVALUATORS and name in SETTINGS for kind, name in audit.PARTS.items())
 
 
@@ -208,7 +209,7 @@ def test_a_declaration_without_reach_says_so():
 
 def test_undeclared_reach_fails(monkeypatch):
     """The same warm start, were it not declared, breaks the rule."""
-    monkeypatch.setattr(audit, "DECLARATIONS", {})
+    monkeypatch.setattr(train_gpt, "DECLARED_MODES", ())
     good, text = audit.previous_document(bench_of("ttt", split(MANY), 400, **WARM))
     assert not good and text.startswith("documents [") and "scores differ" in text
 
@@ -218,7 +219,7 @@ def test_declared_adaptation_is_judged_in_the_order_of_scoring(monkeypatch):
     bench = bench_of("ttt", split(MANY), 400, **WARM)
     assert audit.causality(bench)[0] and "in the order of scoring" in audit.causality(bench)[1]
     assert audit.realised_token(bench)[0]
-    monkeypatch.setattr(audit, "DECLARATIONS", {})
+    monkeypatch.setattr(train_gpt, "DECLARED_MODES", ())
     assert not audit.causality(bench_of("ttt", split(MANY), 400, **WARM))[0]
 
 

@@ -31,15 +31,14 @@ SCORE_SLACK = 2e-5  # between the referee's fp32 nats and those of the offered r
 RANK_SLACK = 1e-12  # nats of a target between one rank and two
 DOCUMENTS_LOOKED_AT = 2000
 
-# Settings by which one document may reach another: words and a test of (evaluator's name, its row, configuration).
-DECLARATIONS: dict[str, Callable[[str, Any, Any], object]] = {
-    "DOC_ISOLATION=0": lambda kind, row, config: not config.data.doc_isolation and not row.within,
-    "TTT_WARM_START_A=1": lambda kind, row, config: kind == "ttt" and config.ttt.ttt_warm_start_a,
-    "PHASED_TTT_PREFIX_DOCS": lambda kind, row, config: kind == "ttt" and config.ttt.phased_ttt_prefix_docs,
-    "EVAL=ngram": lambda kind, row, config: kind == "ngram",
-}
 # Where the slice is less than eight of the parts after which an evaluator learns, the parts are made smaller.
 PARTS = {"ngram": "NGRAM_CHUNK_TOKENS"}
+
+
+def declared(golf: Any, kind: str, config: Any) -> list[str]:
+    """What the settings declare by which one document may reach another under this evaluator."""
+    modes = [text.partition(":")[0] for name, holds, text in golf.DECLARED_MODES if name == kind and holds(config)]
+    return modes if config.data.doc_isolation or golf.EVALUATORS[kind].within else ["DOC_ISOLATION=0", *modes]
 
 
 class Slice(NamedTuple):
@@ -158,7 +157,7 @@ class Bench:
                  ) -> None:
         self.golf, self.kind, self.config, self.model, self.part, self.clock = golf, kind, config, model, part, clock
         self.row, self.device, tokens = golf.EVALUATORS[kind], next(model.parameters()).device, part.tokens
-        self.declared = [words for words, holds in DECLARATIONS.items() if holds(kind, self.row, config)]
+        self.declared = declared(golf, kind, config)
         self.count, self.began, self.weights, self.note = 0, clock(), self.digest(), ""
         part_name, least = PARTS.get(kind, ""), max(1, len(tokens) // 8)
         if config.flat().get(part_name, 0) > least:
