@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 MINI_VOCAB = 384
 # Small enough for seconds; everything else is the preset's own.
 SMALL = {"OVERLAY": "tiny", "VOCAB_SIZE": str(MINI_VOCAB), "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1",
-         "ROPE_DIMS": "8", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "128",
+         "ROPE_DIMS": "8", "TRAIN_SEQ_LEN": "64", "TRAIN_SEQ_SCHEDULE": "", "TRAIN_BATCH_TOKENS": "512",
+         "MICRO_BATCH_TOKENS": "128",
          "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "EVAL_BATCH_TOKENS": "1024", "COMPUTE_DTYPE": "float32",
          "MAX_WALLCLOCK_SECONDS": "0", "COMPILE": "0", "PACK": "0", "TENSORBOARD": "0", "THREADS": "1",
          "VAL_LOSS_EVERY": "0", "TTT_DOWN_LR": "0"}

@@ -51,6 +51,9 @@ def test_every_setting_is_read_somewhere(name):
     (["EVAL="], "EVAL=: must name at least one of contiguous"),
     (["PRESET=nope"], "PRESET=nope: must be one of baseline"),
     (["OVERLAY=huge"], "OVERLAY=huge: must be auto"),
+    (["TRAIN_SEQ_LEN=64", "TRAIN_SEQ_SCHEDULE=32@0.5,64@0.9"], "TRAIN_SEQ_SCHEDULE=32@0.5,64@0.9: must be rising"),
+    (["TRAIN_SEQ_LEN=64", "TRAIN_SEQ_SCHEDULE=64@0.5,32@1"], "TRAIN_SEQ_SCHEDULE=64@0.5,32@1: must be rising"),
+    (["VE_LAYERS=1;2"], "VE_LAYERS=1;2: must be numbers of blocks"),
     (["flag"], "flag: not a NAME=value word"),
     (["NUM_LAYERS=9"], "NUM_LAYERS=9: not a setting here: write STACK"),
     (["FROM=/nonexistent"], "FROM=/nonexistent: must be a run folder"),
@@ -62,7 +65,10 @@ def test_bad_word_is_one_clear_line(words, said):
 
 BROKEN_RULES = [
     ["NUM_HEADS=3"], ["NUM_KV_HEADS=3"], ["MODEL_DIM=36", "NUM_HEADS=12", "NUM_KV_HEADS=1", "ROPE_DIMS=0"],
-    ["ROPE_DIMS=64"], ["MICRO_BATCH_TOKENS=100"], ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"],
+    ["ROPE_DIMS=64"], ["MICRO_BATCH_TOKENS=128", "TRAIN_SEQ_LEN=96", "TRAIN_SEQ_SCHEDULE=64@0.5,96@1"],
+    ["VE_LAYERS=4"], ["GATE_WINDOW=33"], ["TRIGRAM=1"], ["BIGRAM_VOCAB_SIZE=1"],
+    ["ASYM_LOGIT_RESCALE=1", "LOGIT_SOFTCAP=0"], ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"],
+    ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"],
     ["EVAL_BATCH_TOKENS=63"], ["TTT_CHUNK_SIZE=65", "TTT_EVAL_SEQ_LEN=64"],
     ["TTT_SHORT_SCORE_FIRST_STEPS=8:2,90:65", "TTT_EVAL_SEQ_LEN=64", "TTT_CHUNK_SIZE=8"],
     ["NGRAM_HEAD=1", "NGRAM_EVAL_ORDER=9"], ["EVAL=ngram", "EVAL_STRIDE=60"], ["TOKEN_ORDER=8,6"], ["NGRAM_GATE=head"],

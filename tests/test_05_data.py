@@ -224,7 +224,7 @@ def batches(length, shuffle, seed=3):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_rows_cover_each_epoch_once(shuffle):
     rows = batches(16 * 20 + 1, shuffle)
-    per_epoch = rows.rows_per_epoch
+    per_epoch = rows.blocks_per_epoch
     for epoch in range(3):
         starts = [rows._start(epoch * per_epoch + place) for place in range(per_epoch)]
         assert len(set(starts)) == per_epoch and len({start % 16 for start in starts}) == 1

@@ -2,25 +2,34 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model, small_config
 
 from train_gpt import (
     BOS,
     PRESETS,
     ROLES,
+    Context,
     Coverage,
     Delta,
+    Linear,
     ModelSettings,
     Sites,
     check_roles,
     count_roles,
     document_index,
+    exclude_own,
+    forecast_fitted,
     forward_flops,
+    load_config,
     make_forward,
     make_loss,
+    make_skeleton,
+    make_spans,
     plan_layers,
     plan_text,
     rms_norm,
+    span_breaks,
 )
 
 LENGTH = 24
@@ -42,8 +51,17 @@ def phases(model):
     return range(len(model.phases))
 
 
+# Every part of the model in one of them.
+PARTS = {"values": {"VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "ATTN_GATE": "dense"},
+         "grams": {"BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 8, "TRIGRAM": 1, "ATTN_GATE": "output", "EMBED_DIM": 16},
+         "lanes": {"STACK": "A (A2)*2 A", "PARALLEL_START_LAYER": 2, "PARALLEL_FINAL_LANE": "mlp",
+                   "ASYM_LOGIT_RESCALE": 1},
+         "plain": {"XSA_LAST_N": 0, "ATTN_GATE": "none", "SMEAR_GATE_ENABLED": 0, "LN_SCALE": 0,
+                   "PARALLEL_START_LAYER": 0, "SKIP_GATES_ENABLED": 0},
+         "full stack": {"STACK": "A3 (A3)*3@0.35 A5", "PARALLEL_START_LAYER": 8, "XSA_LAST_N": 11}}
 CONFIGS = [*(pytest.param(preset_config(preset), id=preset) for preset in PRESETS),
            *(pytest.param(preset_config("sixteen", STACK=stack), id=stack) for stack in STACKS),
+           *(pytest.param(preset_config("caseops", **parts), id=name) for name, parts in PARTS.items()),
            pytest.param(preset_config("baseline", KERNELS="reference", UNET_SKIPS=0), id="reference kernels")]
 
 
@@ -134,6 +152,7 @@ def test_zero_deltas_change_nothing_and_others_change_every_site(config):
         for site, (i, o) in shapes.items():
             one = {site: Delta(torch.randn(2, 3, i), torch.randn(2, o, 3))}
             assert not torch.equal(forward(tokens, docs, one), base), site
+        width = config.model.embed_dim or width
         assert not torch.equal(model.logits(base, {"head": Delta(torch.randn(2, 3, width),
                                                                torch.randn(2, config.data.vocab_size, 3))}),
                                model.logits(base))
@@ -142,6 +161,9 @@ def test_zero_deltas_change_nothing_and_others_change_every_site(config):
 def site_shapes(model, phase, tokens, docs):
     """Inputs and outputs of every site of a phase, from the modules behind them."""
     width, shapes = model.settings.model_dim, {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and not name.startswith("blocks.") and name != "head_proj":
+            shapes[name] = module.weight.shape[::-1]
     for step in model.phases[phase].steps:
         block = model.blocks[step.block]
         parts = {name: getattr(block.mixer, name).weight.shape for name in "qkvo"} | {"attn": (width, width)}
@@ -167,6 +189,111 @@ def test_low_rank_delta_is_the_same_as_changed_weights():
         with torch.no_grad():
             weight.copy_(saved)
         assert torch.allclose(got[row], wanted, atol=1e-5)
+
+
+def test_head_projection_is_a_site():
+    model, tokens = case(preset_config("baseline", EMBED_DIM=16))
+    hidden = torch.randn(2, 5, 32)
+    delta = {"head_proj": Delta(torch.randn(2, 3, 32), torch.randn(2, 16, 3))}
+    wanted = F.linear(hidden, model.head_proj.weight) + hidden @ delta["head_proj"].a.mT @ delta["head_proj"].b.mT
+    assert torch.allclose(model.head_input(hidden, delta), wanted, atol=1e-5)
+    assert model.logits(hidden, delta).shape == (2, 5, 384)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_packed_row_is_its_documents_one_by_one(config):
+    """Spans of one long row, cut within documents too, give each part what it has alone; also through the loss."""
+    model, tokens = case(config)
+    flat = tokens.reshape(1, -1)
+    breaks = span_breaks(flat[0].numpy(), 6, True)
+    spans = make_spans(breaks, flat.numel(), 6, torch.device("cpu"))
+    for phase in phases(model):
+        forward = make_forward(model, phase)
+        together = forward(flat, spans)
+        assert torch.allclose(together, forward(flat, spans.docs(flat.shape)), atol=1e-6)
+        changed = flat.clone()
+        changed[:, 20] = 5 + flat[:, 20] % 9
+        after = forward(changed, spans)
+        # Position 20 lies in the second document, behind its first cut at 15; the third begins at 24.
+        assert torch.equal(together[:, 24:], after[:, 24:]) and torch.equal(together[:, :20], after[:, :20])
+        assert not torch.equal(together[:, 20], after[:, 20])
+
+
+def test_exclusive_attention_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 6, 4), torch.randn(2, 5, 3, 4)
+    out = exclude_own(y, v)
+    owner = v.repeat_interleave(2, 2)
+    assert (out * owner).sum(-1).abs().max() < 1e-5
+    assert torch.allclose(out + (y * owner).sum(-1, keepdim=True) * owner / owner.square().sum(-1, keepdim=True), y,
+                          atol=1e-5)
+    assert torch.allclose(exclude_own(out, v), out, atol=1e-5)
+
+
+def test_gates_start_at_their_published_factor():
+    """Sparse and dense gates halve at the start (the dense one to 2 %), the output gate passes."""
+    for kind, factor, slack in (("sparse", 0.5, 0), ("output", 1.0, 0), ("dense", 0.5, 0.02)):
+        gates = make_model(preset_config("baseline", ATTN_GATE=kind)).blocks[0].mixer
+        read = torch.randn(3, 32 if kind == "dense" else 12)
+        found = gates.gate.factor(F.linear(read, gates.attn_gate), gates.settings)
+        assert found.shape == (3, 2) and (found - factor).abs().max() <= slack
+
+
+def test_lanes_by_hand():
+    """One block with lanes: each branch reads its own lane, and both give to both."""
+    model = make_model(preset_config("caseops", STACK="A2", PARALLEL_START_LAYER=1), shake=0.2)
+    block, x, x0 = model.blocks[1], torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    lane, context, sites = torch.randn(2, 5, 32), Context(None, None, None), Sites(*Sites._fields)
+    scale = 2 ** -0.5
+    mixed = block.resid_mix[0] * x + block.resid_mix[1] * x0
+    a = block.attn_scale * block.mixer(rms_norm(mixed, block.eps) * scale, context, sites, None)[0]
+    m = block.mlp_scale * block.mlp(rms_norm(lane, block.eps) * scale, sites, None)
+    keep, share = block.lane_keep, block.lane_give
+    wanted = (keep[0] * x + share[0, 0] * a + share[1, 0] * m, keep[1] * lane + share[0, 1] * a + share[1, 1] * m)
+    got = block(x, lane, x0, context, sites, None)
+    assert all(torch.allclose(w, g, atol=1e-5) for w, g in zip(wanted, got[:2], strict=True))
+
+
+def test_smear_stops_at_the_beginning_of_a_document():
+    smear = make_model(preset_config("caseops"), shake=0.5).smear
+    e, tokens = torch.randn(1, 6, 32), torch.tensor([[7, 8, BOS, 9, 4, BOS]])
+    out = smear(e, tokens)
+    share = smear.strength * torch.sigmoid(e[..., :12] @ smear.weight.T)
+    assert torch.equal(out[:, [0, 2, 5]], e[:, [0, 2, 5]])
+    assert torch.allclose(out[:, [1, 3, 4]], (e + share * e.roll(1, 1))[:, [1, 3, 4]], atol=1e-6)
+
+
+def test_hashed_grams_know_where_a_document_begins():
+    """Pairs and triples that span a BOS or the beginning of a row have the last row of the table."""
+    grams = make_model(preset_config("baseline", BIGRAM_VOCAB_SIZE=1000, TRIGRAM=1)).bigram
+    tokens = torch.tensor([[7, 8, 9, BOS, 9, 4, 6]])
+    pairs, triples = grams.index(tokens, 2), grams.index(tokens, 3)
+    assert (pairs == 999).tolist() == [[True, False, False, True, False, False, False]]
+    assert (triples == 999).tolist() == [[True, True, False, True, True, False, False]]
+    assert pairs[0, 1] == ((36313 * 8) ^ (27191 * 7)) % 999
+    assert triples[0, 2] == ((36313 * 9) ^ (27191 * 8) ^ (51439 * 7)) % 999
+
+
+def test_published_parameters_add_up_to_the_digit():
+    for name, preset in PRESETS.items():
+        if preset.published:
+            config = load_config([f"PRESET={name}", "OVERLAY="], {}, gpus=0)
+            count = sum(count_roles(make_skeleton(config)).values())
+            assert count + sum(number for number, _ in preset.mended) == preset.published, name
+
+
+GOLDEN_CASEOPS = """\
+from 0%: 11 visits: A0 A1 A2 A3 A4 A5<-4 A6<-3 A7<-2 A8=<-1 A9=<-0 A10=
+from 35%: 17 visits: A0 A1 A2 A3 A4 A5 A3 A4 A5<-4 A3<-3 A4<-5 A5<-4 A6<-3 A7<-2 A8=<-1 A9=<-0 A10=
+blocks 0-10: exclusive attention
+blocks 0-10: sparse gate
+blocks 0-10: inputs over sqrt(i + 1)"""
+
+
+def test_golden_plan_of_the_record_stack():
+    config = load_config(["PRESET=caseops", "OVERLAY="], {}, gpus=0)
+    assert plan_text(config.model) == GOLDEN_CASEOPS
+    assert forecast_fitted(make_skeleton(config), config.artifact, 54_000)["matrix"] == pytest.approx(13.6e6, rel=0.01)
+    assert "blocks 1,3-5: value embeddings" in plan_text(ModelSettings(ve_layers="1,3,4,5"))
 
 
 GOLDEN = {

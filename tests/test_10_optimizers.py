@@ -18,8 +18,10 @@ from train_gpt import (
     Progress,
     World,
     adamw_update_,
+    decay_factor,
     momentum_at,
-    muon_update,
+    muon_direction,
+    muon_scale,
     orthogonalize,
     phase_at,
     rate_factor,
@@ -69,12 +71,31 @@ def test_orthogonalise_keeps_singular_vectors_and_ignores_scale(backend):
 def test_muon_update_by_hand():
     settings = OptimSettings(muon_row_normalize=True)
     grads, momenta = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
-    held = momenta * 0.9 + grads
-    update = grads + 0.9 * held
+    update = grads + 0.9 * momenta
     update = update / update.norm(dim=-1, keepdim=True)
-    wanted = orthogonalize(update, "newton_schulz", 5, torch.float32) * (6 / 4) ** 0.5
-    assert torch.allclose(muon_update(grads, momenta, 0.9, settings, torch.float32), wanted, atol=1e-5)
-    assert torch.allclose(momenta, held)
+    wanted = orthogonalize(update, "newton_schulz", 5, torch.float32)
+    assert torch.allclose(muon_direction(grads, momenta, 0.9, settings, torch.float32), wanted, atol=1e-5)
+    assert (muon_scale((6, 4)), muon_scale((4, 6))) == ((6 / 4) ** 0.5, 1.0)
+
+
+def test_a_step_of_the_optimizer_by_hand():
+    """Momentum, direction, scale, decay with its taper and rate of one matrix, all in their places."""
+    model = make_model(small_config(STACK="A", PRESET="sixteen"))
+    settings = OptimSettings(muon_wd=0.5, matrix_lr=0.1)
+    optimizer, matrix = Optimizer(model, settings, World(), torch.float32), model.blocks[0].mlp.up.weight
+    state = optimizer.state["blocks.0.mlp.up.weight"]["momentum"].normal_()
+    before, held, matrix.grad = matrix.detach().clone(), state.clone(), torch.randn_like(matrix)
+    optimizer.step(0.25, 0.9, 0.4)
+    held = 0.9 * held + matrix.grad
+    update = orthogonalize((matrix.grad + 0.9 * held)[None], "newton_schulz", 5, torch.float32)[0]
+    wanted = before * (1 - 0.1 * 0.25 * 0.5 * 0.4) - 0.1 * 0.25 * muon_scale(matrix.shape) * update
+    assert torch.allclose(matrix, wanted, atol=1e-6) and torch.allclose(state, held)
+
+
+def test_decay_tapers():
+    settings = OptimSettings(wd_taper_start_frac=0.5, wd_taper_final_mult=0.2)
+    assert [round(decay_factor(settings, frac), 6) for frac in (0, 0.5, 0.75, 1)] == [1, 1, 0.6, 0.2]
+    assert decay_factor(OptimSettings(), 1.0) == 1
 
 
 def test_rates():
