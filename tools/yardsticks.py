@@ -67,6 +67,12 @@ def validation_text(dataset: Path, gpt: ModuleType) -> tuple[bytes, bool]:
         raise gpt.ConfigError(f"DATA_PATH={dataset}: no readable {path.name} ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise gpt.ConfigError(f"DATA_PATH={dataset}: {path.name} is damaged ({error!r})") from error
+    if tokenizer.get("transform"):
+        text = transformed_text(dataset, gpt)
+        if lossless and len(text) != expected_bytes:
+            raise gpt.ConfigError(f"DATA_PATH={dataset}: the validation tokens decode to {len(text)} bytes, "
+                                  f"{path.name} says {expected_bytes}")
+        return text, lossless
     if rule not in RULES:
         raise gpt.ConfigError(f"DATA_PATH={dataset}: text under the byte rule {rule!r} cannot be decoded; "
                               f"yardsticks know {', '.join(RULES)}")
@@ -92,6 +98,18 @@ def validation_text(dataset: Path, gpt: ModuleType) -> tuple[bytes, bool]:
         raise gpt.ConfigError(f"DATA_PATH={dataset}: the validation tokens decode to {len(text)} bytes, "
                               f"{path.name} says {expected_bytes}")
     return text, lossless
+
+
+def transformed_text(dataset: Path, gpt: ModuleType) -> bytes:
+    """Returns the validation text of a dataset whose text went through a transform (CaseOps), undone by
+    data/prepare.py; raises gpt.ConfigError where that cannot be."""
+    if str(ROOT / "data") not in sys.path:
+        sys.path.append(str(ROOT / "data"))
+    prepare = importlib.import_module("prepare")
+    try:
+        return "".join(prepare.dataset_texts(dataset, "val")).encode()
+    except prepare.DataError as error:
+        raise gpt.ConfigError(f"DATA_PATH={error}") from error
 
 
 def piece_bytes(model: Path, opening_space: bool) -> list[bytes]:
