@@ -9,6 +9,9 @@ usage: ./run.sh [NAME=value ...]             train, write the artifact, score it
        ./run.sh test [PYTEST ARGUMENT ...]   lint and tests
        ./run.sh bench gptq|codec|formats|fit|schedule|ttt|ngram [RUN_FOLDER] [NAME=value ...]
                                              benchmarks; bench --help says more
+       ./run.sh bench presets|parts [NAME=value ...]
+                                             systems, or changes of one, trained on equal terms and compared in pairs
+       ./run.sh bench speed [NAME=value ...] step time, kernels and optimizer of a preset against this machine's peaks
        ./run.sh setup                        only make .venv and install requirements.txt
        ./run.sh --plan [NAME=value ...]      layer plan, parameters and predicted bytes, without training
        ./run.sh --presets                    what each preset changes
@@ -49,7 +52,7 @@ install_requirements() {
     log=$("$base" -m venv --clear .venv 2>&1) || fail "$log"$'\n'"$base: could not make .venv, see above"
   fi
   if [[ -f .venv/kept_torch.txt ]]; then  # setup_pod.sh wrote it: the pod's own CUDA build of torch stays
-    grep -v '^torch==' requirements.txt >.venv/without_torch.txt
+    grep -vE '^(torch|triton)==' requirements.txt >.venv/without_torch.txt
     pins=(-r .venv/without_torch.txt -c .venv/kept_torch.txt)
   fi
   say "installing requirements into .venv (once)"
@@ -65,7 +68,7 @@ import re, sys
 from importlib import metadata
 text = open("requirements.txt", encoding="utf-8").read()
 text = text if sys.argv[2] == "test" else text.split("# Tests:")[0]
-wanted = re.findall(r"(?m)^([\w-]+)==", text)
+wanted = re.findall(r"(?m)^([\w-]+)==[^;\n]*$", text)
 have = {name: next(iter(metadata.distributions(name=name)), None) for name in wanted}
 if lacking := [name for name, found in have.items() if not found]:
     sys.stderr.write(f"PYTHON={sys.argv[1]}: lacks {', '.join(lacking)} of requirements.txt\n")

@@ -91,7 +91,7 @@ def row(*cells: object) -> None:
     print(*(" ".join(str(cell).split()).replace("|", "/") for cell in cells), sep="|")
 
 row("python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
-for name in re.findall(r"(?m)^([\w-]+)==", open("requirements.txt", encoding="utf-8").read()):
+for name in re.findall(r"(?m)^([\w-]+)==[^;\n]*$", open("requirements.txt", encoding="utf-8").read()):
     found = next(iter(importlib.metadata.distributions(name=name)), None)
     row(name, "ok" if found else "missing", found.version if found else "not installed")
 try:

@@ -18,6 +18,7 @@ from train_gpt import (
     TokenStream,
     World,
     document_index,
+    length_at,
     load_config,
     load_data,
     load_tokenizer,
@@ -240,6 +241,48 @@ def test_rows_are_a_function_of_their_index_and_targets_are_next_tokens():
         batch = again.micro(index, World())
         assert torch.equal(batch.tokens, first[index].tokens)
         assert torch.equal(batch.targets, batch.tokens + 1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_change_of_context_cuts_the_same_tokens(shuffle):
+    """With a schedule of 16, 32 and 48, every micro-batch holds the same tokens in every context, and an epoch all."""
+    config = small_config(SHUFFLE=int(shuffle), TRAIN_SEQ_LEN=48, TRAIN_SEQ_SCHEDULE="16@0.2,32@0.5,48@1",
+                          MICRO_BATCH_TOKENS=192, TRAIN_BATCH_TOKENS=192)
+    tokens = (np.arange(96 * 21 + 1) + 2).astype(np.uint16)
+    rows = Batches(TokenStream([tokens]), config.data, config.train, 3)
+    seen = []
+    for index in range(rows.blocks_per_epoch // 2):
+        flat = [rows.micro(index, World(), length) for length in (16, 32, 48)]
+        assert [batch.tokens.shape for batch in flat] == [(12, 16), (6, 32), (4, 48)]
+        for batch in flat[1:]:
+            assert torch.equal(batch.tokens.flatten(), flat[0].tokens.flatten())
+            assert torch.equal(batch.targets.flatten(), flat[0].targets.flatten())
+        seen += flat[0].tokens.flatten().tolist()
+    assert len(set(seen)) == len(seen) == rows.blocks_per_epoch * 96
+    assert [length_at(config.train, frac) for frac in (0, 0.19, 0.2, 0.49, 0.5, 1)] == [16, 16, 32, 32, 48, 48]
+
+
+def test_packed_rows_hold_whole_documents_and_drop_nothing():
+    config = small_config(SHUFFLE=1, TRAIN_SEQ_LEN=32, TRAIN_SEQ_SCHEDULE="8@0.5,32@1", MICRO_BATCH_TOKENS=128,
+                          TRAIN_BATCH_TOKENS=128)
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random(128 * 30) < 0.03, BOS, rng.integers(5, 99, 128 * 30)).astype(np.uint16)
+    packed = Batches(TokenStream([tokens]), config.data, config.train, 3, packed=True)
+    starts = sorted(packed._start(index) for index in range(packed.blocks_per_epoch))
+    assert np.diff(starts).tolist() == [128] * (packed.blocks_per_epoch - 1)
+    for index in range(packed.blocks_per_epoch):
+        short, long = (packed.micro(index, World(), length) for length in (8, 32))
+        assert short.tokens.shape == (1, 128) and torch.equal(short.tokens, long.tokens)
+        start = packed._start(index)
+        assert short.targets[0].tolist() == tokens[start + 1:start + 129].tolist()
+        for batch, length in ((short, 8), (long, 32)):
+            docs = batch.docs.docs(batch.tokens.shape)[0]
+            assert batch.docs.longest == 32 and torch.bincount(docs).max() <= length
+            # A new span begins at every BOS, else only where the one before is full.
+            begins = (docs[1:] != docs[:-1]).nonzero()[:, 0] + 1
+            for at in begins.tolist():
+                assert batch.tokens[0, at] == BOS or (docs == docs[at - 1]).sum() == length
+            assert set((batch.tokens[0, 1:] == BOS).nonzero()[:, 0].add(1).tolist()) <= set(begins.tolist())
 
 
 def test_too_little_text_is_a_clear_fault():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import pytest
@@ -20,7 +21,9 @@ from train_gpt import (
     Checkpoint,
     ConfigError,
     Log,
+    LossScale,
     Optimizer,
+    Prefetch,
     Progress,
     Stopwatch,
     Trainer,
@@ -229,7 +232,7 @@ def test_gradients_are_the_mean_of_the_batch_and_clipped_as_a_whole(mini, tmp_pa
         trainer = Trainer(config, model, load_data(config.data, World()), World(), Log(None, lambda: 0.0), tmp_path,
                           False, lambda phase: (0.0, 0.0))
         trainer.losses = [make_loss(model, 0)]
-        loss, norm = trainer.gradients(0)
+        loss, norm = (value.item() for value in trainer.gradients(0))
         flat = torch.cat([p.grad.flatten() for p in model.parameters()])
         found[clip] = loss, norm, flat
         micros = [trainer.batches.micro(index, World()) for index in range(4)]
@@ -243,11 +246,127 @@ def test_step_limited_runs_use_all_their_steps(mini, tmp_path):
     """The stop rule looks at the seconds left, not at the share of steps left."""
     config = load_config(small_words(mini, tmp_path, ITERATIONS=1000, MAX_WALLCLOCK_SECONDS=180), {}, gpus=0)
     trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.world, trainer.step, trainer.slowest = config, World(), 998, 0.4
+    trainer.config, trainer.world, trainer.step, trainer.slowest, trainer.flying = config, World(), 998, 0.4, []
+    trainer.reserve, trainer.before = 5.0, 0.0
     trainer.watch = Stopwatch(lambda: 0.0, 100.0)
     assert trainer.must_stop(trainer.progress()) is False
     trainer.watch = Stopwatch(lambda: 0.0, 174.9)
     assert trainer.must_stop(trainer.progress()) is True
+    # Steps that are still in the air take their time too; a strict clock leaves less.
+    trainer.watch = Stopwatch(lambda: 0.0, 174.0)
+    assert trainer.must_stop(trainer.progress()) is False
+    trainer.flying = [None, None]
+    assert trainer.must_stop(trainer.progress()) is True
+    trainer.flying, trainer.before = [], 1.0
+    assert trainer.must_stop(trainer.progress()) is True
+
+
+class CountingBatches:
+    """Stands for Batches: says which micro-batches were made, in which context."""
+
+    def __init__(self):
+        self.made = []
+
+    def micro(self, index, world, length):
+        self.made.append((index, length))
+        return index, length
+
+
+def test_prefetch_gives_what_was_asked_for_and_makes_nothing_twice():
+    batches = CountingBatches()
+    prefetch, order = Prefetch(batches, World()), list(range(20))
+    for at in order:
+        assert prefetch.take(at, 64 if at < 9 else 128, order[at + 1:]) == (at, 64 if at < 9 else 128)
+    prefetch.worker.shutdown()
+    # What was ahead when the context changed is made anew, from the same index; the rest once.
+    assert sorted(set(batches.made)) == sorted(batches.made)
+    assert [index for index, length in batches.made if length == 128][0] <= 9
+    assert {index for index, _ in batches.made} == set(range(20))
+
+
+def test_loss_scale_halves_on_overflow_and_grows_after_good_steps():
+    scale = LossScale(torch.float16)
+    assert scale.value == 2 ** 15 and not scale.saw(False) and scale.value == 2 ** 14
+    assert all(scale.saw(True) for _ in range(LossScale.GROWTH_STEPS)) and scale.value == 2 ** 15
+    for _ in range(16):
+        used = scale.saw(False)
+    # Below 1 nothing helps any more: the step counts as it is, and training ends as diverged.
+    assert used and scale.value < 1
+    plain = LossScale(torch.bfloat16)
+    assert plain.value == 1 and plain.saw(False) and plain.value == 1
+
+
+def test_float16_training_learns_and_leaves_an_overflow_out(mini, tmp_path):
+    """A loss scale that is far too large at first: the steps that overflow change nothing and are named."""
+    config = load_config(small_words(mini, tmp_path, COMPUTE_DTYPE="float16", STACK="A2"), {}, gpus=0)
+    model = make_model(config)
+    log = Lines()
+    trainer = Trainer(config, model, load_data(config.data, World()), World(), log, tmp_path, False,
+                      lambda phase: (0.0, 0.0))
+    trainer.losses = [make_loss(model, 0)]
+    trainer.scale.value = 2.0 ** 40
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.one_step(Progress(0, 0.0, 10))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert trainer.step == 1 and trainer.scale.value == 2.0 ** 39
+    assert "left out: a float16 gradient overflowed" in log.lines[0]
+    trainer.scale.value, found = 2.0 ** 10, []
+    for step in range(1, 12):
+        trainer.one_step(Progress(step, 0.1, 10))
+        found.append(trainer.last_loss)
+    assert found[-1] < found[0] - 0.3 and trainer.scale.good == 11
+
+
+class Lines(Log):
+    """A log that keeps its lines."""
+
+    def __init__(self):
+        super().__init__(None, lambda: 0.0)
+        self.lines = []
+
+    def line(self, text=""):
+        self.lines.append(text)
+
+
+def test_context_grows_and_the_rate_rises_again(mini, tmp_path):
+    """32 tokens a row until half of training, then 64, with four steps of rising rate behind the change; a resumed run
+    goes on in the middle of them."""
+    words = small_words(mini, tmp_path, RUN_ID="grow", ITERATIONS=12, STAGES="train", TRAIN_SEQ_SCHEDULE="32@0.5,64@1",
+                        SEQ_CHANGE_WARMUP_STEPS=4, WARMDOWN_FRAC=0, MIN_LR=0)
+    assert main(words, {}) == 0
+    found = {line["step"]: line["lr_factor"] for line in events(tmp_path / "grow", "step")}
+    assert [found[step] for step in range(1, 13)] == [1] * 6 + [0.25, 0.5, 0.75, 1, 1, 1]
+    log = (tmp_path / "grow" / "train.log").read_text()
+    assert "step:6 context:64" in log and "warmup:2 passes of 2 plans and contexts" in log
+    held = load_checkpoint(tmp_path / "grow" / "checkpoint.pt")
+    assert (held.pace["length"], held.pace["changed_at"]) == (64, 6)
+
+
+def test_every_phase_and_context_that_occurs_is_warmed_up():
+    trainer = Trainer.__new__(Trainer)
+    trainer.config = small_config(PRESET="caseops", STACK="A (A)*2@0.35 A2", TRAIN_SEQ_SCHEDULE="16@0.1,32@0.7,64@1",
+                                  MICRO_BATCH_TOKENS=64)
+    trainer.model = make_model(trainer.config)
+    assert trainer.shapes() == [(0, 16), (0, 32), (1, 32), (1, 64)]
+    trainer.model.packed = True
+    assert trainer.shapes() == [(0, 64), (1, 64)]
+
+
+def test_reserve_is_measured_and_the_strict_clock_leaves_room(mini, tmp_path):
+    """Under a wall clock the calibration fits into what the rehearsal kept for it; STRICT_CLOCK keeps more."""
+    config = load_config(small_words(mini, tmp_path, MAX_WALLCLOCK_SECONDS=60, STACK="A"), {}, gpus=0)
+    now = [0.0]
+
+    def clock():
+        now[0] += 0.5
+        return now[0]
+    run = types.SimpleNamespace(config=config, world=World(), clock=clock, new_model=lambda: make_model(config))
+    reserve, writing = train_gpt.rehearse_squeeze(run, make_model(config))
+    # By this clock a rehearsal takes half a second however many rounds it has, all of it fixed.
+    assert reserve == pytest.approx(0.5 * train_gpt.RESERVE_MARGIN) and writing == 0
+    for changes in ({"SOLVER": "nearest", "ALLOCATE": 0, "RATE_ROUNDING": 0}, {"MAX_WALLCLOCK_SECONDS": 0}):
+        run.config = train_gpt.with_settings(config, changes)
+        assert train_gpt.rehearse_squeeze(run, make_model(config)) == (0.0, 0.0)
 
 
 def test_from_with_train_trains_and_squeezes_its_own_weights(mini, straight, tmp_path):

@@ -11,12 +11,17 @@ it names.
     ./run.sh bench ttt [RUN_FOLDER]           settings of test-time training tried on training documents, one at a time
                                               (TTT_LORA_LR=1e-3,3e-3 TTT_SITES=q,v/head) or all combined (GRID=1)
     ./run.sh bench ngram [RUN_FOLDER]         the n-gram mixture: gates by texts, sums, block sizes, memory and seconds
+    ./run.sh bench presets                    systems trained and scored on equal bytes, seconds, documents and seeds
+    ./run.sh bench parts                      a preset against changes of it ("ROW=name: A=1 B=2"), the same way
+    ./run.sh bench speed                      a preset's step, kernels and optimizer against the peaks of this machine
 
 Without a folder it is the newest finished one in runs/ that was trained without QAT; `schedule` then has an untrained
-model. `--json FILE` keeps the tables as JSON too; `ttt` and `ngram` keep theirs in records/ where no FILE is named.
-`formats`, `fit` and `ngram` hand settings of train_gpt.py on. Seconds of all but `formats` and `fit` are the
-processor's, on one thread (lanes with THREADS; on a GPU they are the clock's), of `gptq` and `codec` medians; the
-spread is that from fastest to slowest over the median. Options:
+model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets` and `parts` keep theirs in records/ where
+no FILE is named. `formats`, `fit`, `ngram`, `presets`, `parts` and `speed` hand settings of train_gpt.py on. `presets`
+and `parts` (tools/compare.py) keep their runs in runs/compare and go on where they were stopped. `speed`
+(tools/speed.py) needs no data; it takes settings from the environment too, as training does. Seconds of all but
+`formats`, `fit` and these three are the processor's, on one thread (lanes with THREADS; on a GPU they are the clock's),
+of `gptq` and `codec` medians; the spread is that from fastest to slowest over the median. Options:
 
 """
 
@@ -44,6 +49,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # seconds of one core: read when numpy is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as run.sh has it for training: read when torch is loaded
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -54,6 +60,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import prepare  # noqa: E402
 
 import train_gpt as gpt  # noqa: E402
+from tools import compare, speed  # noqa: E402
 
 OURS, RIVALS = ("range", "context"), ("zpaq", "lrzip")
 SIGMA = 31 / 13  # deviation of a weight in steps of int6 that ends at k = 13
@@ -93,6 +100,7 @@ def machine() -> dict[str, Any]:
     path = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
     return {"cpu": found[1].strip() if found else platform.processor() or platform.machine(),
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
             "capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "torch": torch.__version__,
             "python": platform.python_version(), "load": round(os.getloadavg()[0], 2)}
 
@@ -921,12 +929,13 @@ def bench_ngram(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]
 
 
 class Option(NamedTuple):
-    """An option: its default, how its text is read, the rule that the value must keep, help."""
+    """An option: its default, how its text is read, the rule that the value must keep, help; whether words add up."""
     default: Any
     read: Callable[[str], Any]
     keeps: Callable[[Any], bool]
     rule: str
     text: str
+    adds: bool = False
 
     def parse(self, text: str) -> Any:
         """The value, or ValueError with the rule."""
@@ -974,6 +983,15 @@ class Command(NamedTuple):
 
 ARTIFACT = ("config.json", "artifact.bin")
 LANES = count_option(1, "lanes of one thread each")
+USUAL = gpt.SETTINGS["PRESET"][1].default
+TERMS = {  # of a paired comparison
+    "SEEDS": Option([1, 2, 3], lambda text: list(map(int, text.split(","))),
+                    lambda seeds: min(seeds) >= 0 and len({*seeds}) == len(seeds),
+                    "different whole numbers of at least 0, parted by commas", "seeds, each run for all"),
+    "SECONDS": count_option(150, "of training"),
+    "BYTES": count_option(1_000_000, "of code and model, which set the shape"),
+    "FIT_BITS": Option(3.75, float, lambda bits: 0 < bits <= 32, "a number above 0 and at most 32",
+                       "bits a weight that the shape is made for where FIT chooses the steps")}
 SHARE_RULE = (lambda values: all(0 < value <= 1 for value in values), "above 0 and at most 1")
 COMMANDS = {
     "gptq": Command(bench_gptq, 0, {"REPEATS": count_option(20, "draws, and repetitions of what is timed")}),
@@ -1006,7 +1024,29 @@ COMMANDS = {
         "TOKENS": count_option(10 ** 9, "the most tokens of a text, in whole documents"),
         "BLOCKS": numbers_option([256, 1024, 4096, 16384, 65536], int, "block sizes, on the first text"),
         "MILLIONS": numbers_option([1.0, 2.0, 5.0], float, "million tokens of the part cost"),
-        "THREADS": LANES}, gpt.SETTINGS, ARTIFACT, "ngram.json")}
+        "THREADS": LANES}, gpt.SETTINGS, ARTIFACT, "ngram.json"),
+    "presets": Command(lambda _, options: itertools.starmap(Table, compare.presets(options)), 0, {
+        "PRESETS": names_option(gpt.PRESETS, "systems"),
+        "BASE": Option("", str, bool, "a preset", f"the one that is compared with the others; {USUAL}, else the last"),
+        "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous", "sliding", "ttt"]),
+        **TERMS, "MINUTES": count_option(75, "in which the last run ends; the same command goes on")},
+        gpt.SETTINGS, (), "compare_presets.json"),
+    "parts": Command(lambda _, options: itertools.starmap(Table, compare.parts(options)), 0, {
+        "BASE": Option(USUAL, str, gpt.PRESETS.__contains__, f"one of {', '.join(gpt.PRESETS)}", "what is changed"),
+        "ROWS": names_option(compare.ROWS, "rows, also as patterns")._replace(default=[]),
+        "ROW": Option([], compare.read_row, bool, "NAME: SETTING=value ...", "a row of your own, once for each", True),
+        "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous"]),
+        **TERMS, "MINUTES": count_option(600, "in which the last run ends; the same command goes on")},
+        gpt.SETTINGS, (), "compare_parts.json"),
+    "speed": Command(lambda _, options: itertools.starmap(Table, speed.tables(options)), 0, {
+        "PARTS": names_option(speed.PARTS, "tables beside the ceilings"),
+        "COMPILED": Option("", str, lambda text: text in ("0", "1", "both"), "0, 1 or both",
+                           "torch.compile; default: as training has it, on a GPU both"),
+        "REPEATS": count_option(0, "repetitions of what is timed; default 10 on a GPU, 5 on a CPU"),
+        "BUDGET_SECONDS": Option(150.0, float, lambda seconds: seconds > 0, "a number above 0",
+                                 "for all; what does not fit is left out and says so"),
+        "DOCUMENT_TOKENS": Option(1000.0, float, lambda tokens: tokens >= 4, "a number of at least 4",
+                                  "of the random documents, on average")}, gpt.SETTINGS)}
 
 
 def parse(argv: list[str]) -> tuple[Command, list[Path], dict[str, Any], Path | None]:
@@ -1023,7 +1063,8 @@ def parse(argv: list[str]) -> tuple[Command, list[Path], dict[str, Any], Path | 
                 raise BenchError(f"--json {out}: must be a file in a folder that is there")
         elif equals and name in command.options:
             try:
-                options[name] = command.options[name].parse(text)
+                value = command.options[name].parse(text)
+                options[name] = options[name] + value if command.options[name].adds else value
             except ValueError as error:
                 raise BenchError(f"{word}: {error}") from None
         elif equals and name in command.settings:

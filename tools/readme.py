@@ -20,6 +20,7 @@ import train_gpt  # noqa: E402
 
 README, REFERENCE = ROOT / "README.md", ROOT / "records" / "reference_run.json"
 SQUEEZE = ROOT / "records" / "squeeze.json"  # made by ./run.sh bench formats RUN_FOLDER TERNARY=1 --json
+COMPARE = ROOT / "records" / "compare_presets.json"  # made by ./run.sh bench presets
 PART = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -54,6 +55,34 @@ def squeeze_table() -> str:
     return "\n".join(lines)
 
 
+def compare_table() -> str:
+    """The presets' means over their seeds, and what the base is minus each of the others; or the command that measures
+    them."""
+    if not COMPARE.exists():
+        return "`./run.sh bench presets` makes this table; it has not been made yet."
+    shapes, runs, *rest = json.loads(COMPARE.read_text())["tables"]
+    rows = [row for row in runs["rows"] if row["seed"].startswith("mean")]
+    forms = {"artifact bytes": ",.0f", "steps": ",.0f", "tokens/s": ",.0f", "train s": ".1f"}
+    kinds = [name for name in rows[0] if name not in {"variant", "seed", "run", *forms}]
+    verdict, found = "", {}
+    for row in rest[0]["rows"] if rest else []:
+        verdict = next(name for name in row if name.endswith(" is"))
+        shown = [f"{row['mean']:+.4f} \u00b1 {row['+-']:.4f}"] if row["+-"] is not None else []
+        found[row["minus"], row["evaluator"]] = ", ".join([*shown, row[verdict]])
+    heads = ["preset", *kinds, *forms]
+    if rest:
+        heads += [f"{verdict.removesuffix(' is')} minus it: {kinds[0]}", *kinds[1:]]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in rows:
+        cells = [f"`{row['variant']}`", *("" if row[name] is None else format(row[name], forms.get(name, ".4f"))
+                                          for name in (*kinds, *forms))]
+        cells += [found.get((row["variant"], kind), "") for kind in kinds if rest]
+        lines.append("".join(f"| {cell} " if cell else "| " for cell in cells) + "|")
+    notes = [f"{runs['title']}; {rows[0]['seed']} seeds", runs["note"], shapes["title"],
+             *(table["note"] for table in rest)]
+    return "\n".join([*lines, "", ". ".join(notes) + "."])
+
+
 def layout_table() -> str:
     """The index of train_gpt.py, from its header."""
     rows = re.findall(r"^    (\d\d) ([A-Z]+) +(.+)$", train_gpt.__doc__, re.M)
@@ -80,8 +109,9 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-PARTS: dict[str, Callable[[], str]] = {"result": result_table, "squeeze": squeeze_table, "layout": layout_table,
-                                       "presets": presets_table, "settings": settings_table}
+PARTS: dict[str, Callable[[], str]] = {"result": result_table, "squeeze": squeeze_table,
+                                       "compare": compare_table, "layout": layout_table, "presets": presets_table,
+                                       "settings": settings_table}
 
 
 def fresh(text: str) -> str:
