@@ -1951,7 +1951,8 @@ class _ChunkedNats(torch.autograd.Function):
                 steep = 1 - bent.square()
                 if above is not None:
                     to_caps = slope * (bent - logits / caps * steep) / count
-                    d_caps += torch.stack([to_caps[above].sum(), to_caps[~above].sum()])
+                    over = torch.where(above, to_caps, 0.0).sum()
+                    d_caps += torch.stack([over, to_caps.sum() - over])
                 slope *= steep
             slope = slope.mul_(1 / count).to(hidden.dtype)
             torch.mm(slope, weight, out=d_hidden[rows])
@@ -3615,17 +3616,20 @@ class Prefetch:
 
     def __init__(self, batches: Batches, world: World) -> None:
         self.batches, self.world = batches, world
-        self.worker, self.coming = ThreadPoolExecutor(1), {}
+        on_gpu = world.device.type == "cuda"
+        self.worker = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if on_gpu else None,
+                                         initargs=(world.device,) if on_gpu else ())
+        self.coming: dict[tuple[int, int], Any] = {}
 
     def take(self, index: int, length: int, following: Iterable[int]) -> Batch:
         """Micro-batch `index`; the next ones of `following` are begun."""
+        ready = self.coming.pop((index, length), None)
+        if ready is None:
+            self.coming = {key: coming for key, coming in self.coming.items() if key[1] == length}
+            ready = self.worker.submit(self.batches.micro, index, self.world, length)
         for later in itertools.islice(following, self.AHEAD):
             if (later, length) not in self.coming:
                 self.coming[later, length] = self.worker.submit(self.batches.micro, later, self.world, length)
-        ready = self.coming.pop((index, length), None)
-        if ready is None:
-            self.coming.clear()
-            ready = self.worker.submit(self.batches.micro, index, self.world, length)
         return ready.result()
 
 
@@ -4837,10 +4841,13 @@ def entropy_bits(symbols: np.ndarray) -> float:
 
 def pack_stream(matrices: Matrices, low: int, high: int, names: list[str]) -> tuple[str, bytes, list[float]]:
     """The smallest packing of a stream: its codec, its bytes, and the bits of each matrix (by entropy, where the codec
-    cannot say). Of many codecs a sample picks the two that a long stream goes through. Ties go to the earlier name."""
-    if len(names) > 2 and _count([matrix.shape for matrix in matrices]) > SAMPLE_SYMBOLS:
+    cannot say). A sample picks what a long stream goes through: the best codec of it, and the next one where that is
+    less than a hundredth worse. Ties go to the earlier name."""
+    if len(names) > 1 and _count([matrix.shape for matrix in matrices]) > SAMPLE_SYMBOLS:
         sample = _sample(matrices)
-        names = sorted(names, key=lambda name: len(CODECS[name].pack(sample, low, high)[0]))[:2]
+        sizes = {name: len(CODECS[name].pack(sample, low, high)[0]) for name in names}
+        names = sorted(names, key=sizes.__getitem__)[:2]
+        names = [name for name in names if sizes[name] <= 1.01 * sizes[names[0]]]
     packed = [(name, *CODECS[name].pack(matrices, low, high)) for name in names]
     name, blob, bits = min(packed, key=lambda row: len(row[1]))
     if bits is None:
@@ -5343,21 +5350,21 @@ def correct_errors(weights: Mapping[str, Tensor], solved: dict[str, Solved], cal
         moment = moments_of(calibration, sites.get(name, []))
         if moment is None or min(weights[name].shape) <= settings.lqer_rank or math.isnan(row.cost):
             continue
-        weight, moment = weights[name].cpu().double(), moment.cpu().double()
-        moment = moment + settings.gptq_damping * moment.diagonal().mean() * torch.eye(len(moment))
+        weight, moment = weights[name].double(), moment.double()
+        moment = moment + settings.gptq_damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
         lower = torch.linalg.cholesky(moment)
-        s, u, vt = top_factors((weight - row.decoded.double()) @ lower, settings.lqer_rank)
-        left = (u * s.sqrt()).T.float().contiguous()  # (r, R)
+        s, u, vt = top_factors((weight - row.decoded.to(weight)) @ lower, settings.lqer_rank)
+        left = (u * s.sqrt()).T.float().cpu().contiguous()  # (r, R)
         right = torch.linalg.solve_triangular(lower.T, (s.sqrt()[:, None] * vt).T, upper=True).T.float()
-        right = right.contiguous()  # (r, C)
+        right = right.cpu().contiguous()  # (r, C)
         pair = [Stored(route, tuple(factor.shape), FORMATS[route.format].encode(factor, route), name)
                 for route, factor in ((left_route, left), (right_route, right))]
         ready = [FORMATS[half.route.format].decode(half.coded, half.route, half.shape) for half in pair]
         fixed = corrected(row.decoded, *ready)
-        cost, visits = error_costs((fixed.double() - weight), weight, _on_cpu(calibration, sites[name]), sites[name])
+        cost, visits = error_costs(fixed.to(weight) - weight, weight, calibration, sites[name])
         size = sum(math.prod(half.shape) * FORMATS[half.route.format].bits / 8 for half in pair)
         if cost < row.cost:
-            error = float((fixed.double() - weight).norm() / weight.norm().clamp_min(1e-30))
+            error = float((fixed.to(weight) - weight).norm() / weight.norm().clamp_min(1e-30))
             found.append(((cost - row.cost) / size, name, pair, row._replace(cost=cost, visits=visits, error=error,
                                                                            decoded=fixed)))
     factors = {}
@@ -5365,12 +5372,6 @@ def correct_errors(weights: Mapping[str, Tensor], solved: dict[str, Solved], cal
         solved[name] = row
         factors |= {f"{name} left": pair[0], f"{name} right": pair[1]}
     return factors
-
-
-def _on_cpu(calibration: Calibration, sites: list[str]) -> Calibration:
-    """The calibration of some sites, on the CPU."""
-    return Calibration({site: calibration.inputs[site].cpu() for site in sites},
-                       {site: calibration.slopes[site].cpu() for site in sites}, calibration.tokens)
 
 
 # -- the steps: divided over tensors, fitted to the cap, forecast
@@ -5543,8 +5544,9 @@ def forecast_extras(model: nn.Module, settings: ArtifactSettings) -> float:
     factors = sum(settings.lqer_rank * (rows * FORMATS[LEFT_FACTOR.format].bits + columns * (
         FORMATS[RIGHT_FACTOR.format].bits + 8 / settings.lqer_asym_group)) / 8
         for rows, columns in shapes[-settings.lqer_top_k:]) if settings.lqer_rank else 0.0
-    finer = settings.awq_lite_bits - settings.embed_bits
-    return factors + settings.awq_lite_group_top_k * settings.awq_lite_group_size * shapes[-1][0] * max(0, finer) / 8
+    rows, columns = shapes[-1]
+    finer = (settings.awq_lite_bits - settings.embed_bits) * (columns >= settings.awq_lite_group_size)
+    return factors + settings.awq_lite_group_top_k * settings.awq_lite_group_size * rows * max(0, finer) / 8
 
 
 def forecast_fitted(model: nn.Module, settings: ArtifactSettings, code_bytes: int) -> dict[str, float]:

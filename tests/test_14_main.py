@@ -68,8 +68,8 @@ def test_log_has_the_challenges_lines(finished, preset):
     for pattern in (r"^step:1/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
                     r"^step:6/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
                     r"^peak memory allocated: \d+ MiB reserved: \d+ MiB$", r"^Code size: \d+ bytes",
-                    r"^Total submission size int8\+[\w+]+: \d+ bytes$", r"^val_tokens: \d+ ",
-                    r"^final_int8_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$"):
+                    r"^Total submission size int[68]\+[\w+]+: \d+ bytes$", r"^val_tokens: \d+ ",
+                    r"^final_int[68]_\w+_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$"):
         assert train_gpt.re.search(pattern, text, train_gpt.re.M), pattern
 
 

@@ -138,7 +138,10 @@ def test_relative_error_never_hides_what_is_not_a_number():
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_all_tables_have_all_rows(tmp_path, capsys, lanes):
+def test_all_tables_have_all_rows(tmp_path, monkeypatch, capsys, lanes):
+    seen, gradients = [], gpt.Trainer.gradients
+    monkeypatch.setattr(gpt.Trainer, "gradients", lambda self, phase: seen.append(
+        (phase, self.length, self.micros, self.step)) or gradients(self, phase))
     found = tables(tmp_path, *QUICK, f"THREADS={lanes}", "TRAIN_SEQ_SCHEDULE=32@0.5,64@1", "STACK=A (A)*2@0.5",
                    "EMA_DECAY=0.9")
     assert list(found) == ["ceilings", "kernels", "optimizer", "step, eager"]
@@ -146,6 +149,8 @@ def test_all_tables_have_all_rows(tmp_path, capsys, lanes):
     step = found["step, eager"]
     assert [(row["phase"], row["visits"], row["context"], row["shape"]) for row in step] == [
         ("from 0%", 2, 32, "4x32"), ("from 50%", 3, 64, "2x64")]
+    # A round is a step of as many micro-batches as there are lanes, each time on other tokens.
+    assert seen == [(at // 3, 32 << at // 3, lanes, at) for at in range(6)]
     config = gpt.load_config([*QUICK[1:], "STACK=A (A)*2@0.5", "TRAIN_SEQ_SCHEDULE=32@0.5,64@1"], {}, gpus=0)
     for row, phase in zip(step, gpt.plan_layers(config.model), strict=True):
         assert row["note"] == "" and min(row["s round"], row["s optimizer"], row["peak GB"], row["s first"]) > 0
@@ -195,6 +200,8 @@ def test_a_twin_that_fails_or_lies_has_its_row(tmp_path, monkeypatch, capsys):
     kernel = gpt.KERNELS["mlp"]
     twins = {"fails": gpt.Twin(lambda: fails, usable), "unmade": gpt.Twin(unmade, usable),
              "lies": gpt.Twin(lambda: lambda *inputs: 2 * kernel.reference(*inputs), usable),
+             "crooked": gpt.Twin(lambda: lambda x, up, down, slope: kernel.reference(
+                 x, up, 2 * down - down.detach(), slope), usable),
              "lost": gpt.Twin(lambda: lambda *inputs: math.nan * kernel.reference(*inputs), usable)}
     monkeypatch.setitem(gpt.KERNELS, "mlp", kernel._replace(twins=twins))
     monkeypatch.setattr(gpt, "pick_kernels", lambda *_: (None, [f"kernel:{name} reference" for name in gpt.KERNELS]))
@@ -203,6 +210,7 @@ def test_a_twin_that_fails_or_lies_has_its_row(tmp_path, monkeypatch, capsys):
     rows = {row["form"]: row for row in found if row["operation"] == "mlp"}
     assert rows["fails"]["note"] == "RuntimeError: no such" and rows["unmade"]["note"] == "ImportError: not here"
     assert rows["lies"]["value error"] == pytest.approx(1) and rows["lies"]["gradient error"] == pytest.approx(1)
+    assert rows["crooked"]["value error"] < 1e-6 and rows["crooked"]["gradient error"] == pytest.approx(1)
     assert math.isnan(rows["lost"]["value error"]) and math.isnan(rows["lost"]["gradient error"])
     assert [row["note"] for row in found if row["operation"] == "another"] == ["no case of it in tools/speed.py"]
     assert "RuntimeError: no such" in capsys.readouterr().out
@@ -213,6 +221,27 @@ def test_a_table_that_fails_leaves_the_others(tmp_path, monkeypatch):
     found = tables(tmp_path, *QUICK)
     assert list(found) == ["ceilings", "kernels", "optimizer", "step, eager"]
     assert found["kernels"] == [{"note": "ZeroDivisionError: division by zero"}] and found["optimizer"][0]["ms"] > 0
+
+
+def test_compiled_rows_come_first_and_count_their_graphs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpt, "pick_compile", lambda choice, device: (choice == "1", "here"))
+    monkeypatch.setattr(gpt, "make_compiled", lambda function, on, **_: asked.append(on) or function)
+    made = iter(range(5, 100))
+    monkeypatch.setattr(gpt, "compiled_graphs", lambda: next(made))
+    found = tables(tmp_path, *QUICK, "COMPILED=both", "THREADS=2")
+    assert list(found) == ["ceilings", "step, compiled (here)", "kernels", "kernels, references compiled", "optimizer",
+                           "step, eager"]
+    assert [(row["graphs"], row["breaks"]) for row in found["step, compiled (here)"]] == [(1, 0)]
+    assert [(row["graphs"], row["breaks"]) for row in found["step, eager"]] == [(None, None)]
+    assert asked == [True, *[True] * len(gpt.KERNELS), False]
+    rows = found["kernels, references compiled"]
+    assert [row["operation"] for row in rows] == list(gpt.KERNELS)
+    assert all(row["speedup"] > 0 and row["value error"] == 0 for row in rows)
+    assert list(tables(tmp_path, *QUICK, "COMPILED=1", "PARTS=step", "THREADS=2")) == [
+        "ceilings", "step, compiled (here)"]
+    assert torch.get_num_threads() == 1  # as it was
+    assert list(tables(tmp_path, *QUICK, "PARTS=step")) == ["ceilings", "step, eager"]
 
 
 def test_a_packed_twin_gets_packed_rows(tmp_path, monkeypatch):
@@ -268,6 +297,8 @@ def test_meter_repeats_what_its_budget_has_room_for(monkeypatch):
     meter.check(100.0 - now[0])
     with pytest.raises(speed.Skipped, match="needs about 95 s, 91 of BUDGET_SECONDS=100 are left"):
         meter.check(95.0)
+    calls.clear()
+    assert meter.time(work, compiled=True).runs == 5 and len(calls) == 7  # the first call was no measure
     now[0] = 100.0
     with pytest.raises(speed.Skipped, match="is spent"):
         meter.check()

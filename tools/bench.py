@@ -1085,7 +1085,7 @@ def parse(argv: list[str]) -> tuple[Command, list[Path], dict[str, Any], Path | 
 def main(argv: list[str]) -> int:
     """Prints the tables of one command; returns the exit code: 0, or 2 after one line for every mistake."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__ + "\n".join(f"    {name:<9}{key:<9}{option.text}" for name, command in COMMANDS.items()
+        print(__doc__ + "\n".join(f"    {name:<9}{key:<16}{option.text}" for name, command in COMMANDS.items()
                                   for key, option in command.options.items()))
         return 0
     torch.set_num_threads(1)

@@ -91,12 +91,13 @@ class Meter:
         self.wait()
         return time.perf_counter() - began
 
-    def time(self, work: Callable[[], Any], apart: bool = False, more: int = 1) -> Timing:
-        """A first call, a second one on a GPU, then as many as the budget has room for, one at least. On a GPU the
-        timed calls are queued behind each other, so that short ones do not wait for the host; `apart` waits after
-        each, so that the host's seconds are its own. `more` times the usual repetitions are made at most."""
+    def time(self, work: Callable[[], Any], apart: bool = False, more: int = 1, compiled: bool = False) -> Timing:
+        """A first call, a second one on a GPU or where the first one compiled, then as many as the budget has room for,
+        one at least. On a GPU the timed calls are queued behind each other, so that short ones do not wait for the
+        host; `apart` waits after each, so that the host's seconds are its own. At most `more` times the usual
+        repetitions are made."""
         first = self.call(work)
-        usual = self.call(work) if self.gpu else first
+        usual = self.call(work) if self.gpu or compiled else first
         room = min(self.left(), ROW_SHARE * self.seconds)
         runs = max(1, min(more * self.repeats, int(room / max(usual, 1e-9))))
         if not self.gpu:
@@ -512,7 +513,7 @@ class Speed:
             counters = torch._dynamo.utils.counters if compiled else {}
             before = gpt.compiled_graphs() if compiled else 0, sum(counters["graph_break"].values()) if compiled else 0
             trainer.length = length
-            spent = self.meter.time(lambda: work(phase), apart=True)
+            spent = self.meter.time(lambda: work(phase), apart=True, compiled=compiled)
             made[visits] = spent.first
             if not update:
                 update.append(self.meter.time(renew))
@@ -634,7 +635,7 @@ class Speed:
             self.meter.check(3 * case.work.flops_both / self.lane.flops)
             passes = Passes(function() if build else function, case.draw()[packed], case.moving)
             errors: list[Any] = [None, None]
-            both = self.meter.time(passes.both)
+            both = self.meter.time(passes.both, compiled=not build and form != "reference")
             if "both" in exact:
                 value, grads = passes.both()
                 errors = [relative(value, exact["both"][0]),
