@@ -2907,13 +2907,13 @@ class SmearGate(nn.Module):
     """Each embedding takes a share of the one before, gated by its own first channels; never across the beginning of a
     document. Source: PR 1667 of the challenge, mended at BOS by PR 1851."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
-        self.window = window
-        self.weight = make_parameter((1, window), "gate", 0.0)
+        self.window = settings.gate_window
+        self.weight = make_parameter((1, self.window), "gate", 0.0)
         self.strength = make_parameter((1,), "gate", 0.0)
 
-    def forward(self, e: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, e: Tensor, tokens: Tensor, deltas: Deltas | None) -> Tensor:
         """e (B, T, D), tokens (B, T) -> (B, T, D)."""
         share = self.strength.to(e.dtype) * torch.sigmoid(F.linear(e[..., :self.window], self.weight.to(e.dtype)))
         before = F.pad(e[:, :-1], (0, 0, 1, 0))
@@ -2928,7 +2928,7 @@ class GramHash(nn.Module):
     learned scale. A token whose predecessor belongs to another document has the last row. Source: BigramHash of the
     challenge's records of March."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
         self.rows, self.orders = settings.bigram_vocab_size, (2, 3) if settings.trigram else (2,)
         self.table = make_parameter((self.rows, settings.bigram_dim), "table", 0.0)
@@ -2965,6 +2965,17 @@ class ValueEmbedding(nn.Module):
 
 
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention}
+
+
+# Parts beside the blocks that read tokens. The first two change the embeddings, in this order.
+TOKEN_PARTS: dict[str, type[nn.Module]] = {"bigram": GramHash, "smear": SmearGate, "values": ValueEmbedding}
+
+
+def token_parts(settings: ModelSettings) -> list[str]:
+    """The rows of TOKEN_PARTS that a model has."""
+    wanted = {"bigram": settings.bigram_vocab_size, "smear": settings.smear_gate_enabled,
+              "values": parse_layers(settings.ve_layers)}
+    return [name for name, on in wanted.items() if on]
 
 
 # ==== 09 MODEL ==============================================================================================
@@ -3125,11 +3136,9 @@ class GPT(nn.Module):
                                                                              settings.matrix_init))
             if settings.embed_dim else (None, None))
         self.softcaps = make_parameter((2,), "gain", settings.logit_softcap) if settings.asym_logit_rescale else None
-        self.smear = SmearGate(settings.gate_window) if settings.smear_gate_enabled else None
-        self.bigram = GramHash(settings) if settings.bigram_vocab_size else None
-        blocks = plan_blocks(settings)
-        self.values = ValueEmbedding(settings, vocab_size) if any(block.embedded for block in blocks) else None
-        self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in blocks)
+        parts = {name: TOKEN_PARTS[name](settings, vocab_size) for name in token_parts(settings)}
+        self.bigram, self.smear, self.values = map(parts.get, ("bigram", "smear", "values"))
+        self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in plan_blocks(settings))
         pairs = dict.fromkeys(pair for phase in self.phases for pair in phase.skips())
         self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
                                     for a, b in pairs})
@@ -3145,10 +3154,8 @@ class GPT(nn.Module):
         e = add_delta(looked_up, looked_up, "embed", deltas).to(self.dtype)
         if self.embed_proj is not None:
             e = self.embed_proj(e, "embed_proj", deltas)
-        if self.bigram is not None:
-            e = self.bigram(e, tokens, deltas)
-        if self.smear is not None:
-            e = self.smear(e, tokens)
+        for part in (self.bigram, self.smear):
+            e = e if part is None else part(e, tokens, deltas)
         return rms_norm(e, self.settings.norm_eps)
 
     def head_input(self, hidden: Tensor, deltas: Deltas | None = None) -> Tensor:
@@ -5822,6 +5829,8 @@ class Frozen:
     normalised = False
     # How many numbers it notes for each target; the referee keeps them and tells `absorb` after the stage.
     notes = 0
+    # Whether its attention wants the documents of a question as spans.
+    packed = False
 
     def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
         self.config, self.world, self.phase, self.compiled = config, world, phase, compiled
@@ -5829,7 +5838,8 @@ class Frozen:
 
     def use(self, model: GPT) -> None:
         """Predict with this model."""
-        self.model, self.forward = model, make_compiled(make_forward(model, self.phase), self.compiled, dynamic=True)
+        self.model, self.packed = model, model.packed
+        self.forward = make_compiled(make_forward(model, self.phase), self.compiled, dynamic=True)
 
     def begin(self, rows: int, before: Any) -> Any:
         """The state of new rows, given that of the rows before them in the same job, or None."""
@@ -6498,7 +6508,7 @@ def score(kind: str, guest: Frozen, val: Validation, config: Config, world: Worl
     began, row = clock(), EVALUATORS[kind]
     stages = row.plan(val.tokens, config)
     referee = Referee(val, config, world, clock, row.within, watch)
-    referee.packed = guest.model.packed
+    referee.packed = guest.packed
     referee.deadline, found, kept = deadline, {}, None
     if journal is not None:
         judged = [value for name, value in config.recipe().items() if name != "EVAL" and SETTINGS[name][0] in (
@@ -6568,7 +6578,7 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
             at += stop - start + 1
         tokens = rng.integers(BOS + 1, config.data.vocab_size, at)
         scratch = Referee(Validation(tokens, tokens, 1, True), config, world, clock, EVALUATORS[kind].within)
-        scratch.packed = guest.model.packed
+        scratch.packed = guest.packed
         began = clock()
         scratch.play(guest, (0, 0), (Round(windows, True, len(windows) if more else 0),))
         if world.device.type == "cuda":
@@ -6637,7 +6647,8 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "REFINEMENTS": set(squeeze_steps(config.artifact)) & set(REFINEMENTS),
             "CORRECTIONS": set(squeeze_steps(config.artifact)) & set(CORRECTIONS),
             "MIXERS": {block.letter for block in parse_stack(config.model.stack)[0]},
-            "ATTN_GATES": {config.model.attn_gate} - {"none"}, "FINAL_LANES": {config.model.parallel_final_lane},
+            "TOKEN_PARTS": set(token_parts(config.model)), "ATTN_GATES": {config.model.attn_gate} - {"none"},
+            "FINAL_LANES": {config.model.parallel_final_lane},
             "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval},
             "GATES": {config.ngram.ngram_gate} if "ngram" in config.eval.eval else set(),
             "TEACHERS": teachers_of(config)}

@@ -256,7 +256,7 @@ def test_lanes_by_hand():
 def test_smear_stops_at_the_beginning_of_a_document():
     smear = make_model(preset_config("caseops"), shake=0.5).smear
     e, tokens = torch.randn(1, 6, 32), torch.tensor([[7, 8, BOS, 9, 4, BOS]])
-    out = smear(e, tokens)
+    out = smear(e, tokens, None)
     share = smear.strength * torch.sigmoid(e[..., :12] @ smear.weight.T)
     assert torch.equal(out[:, [0, 2, 5]], e[:, [0, 2, 5]])
     assert torch.allclose(out[:, [1, 3, 4]], (e + share * e.roll(1, 1))[:, [1, 3, 4]], atol=1e-6)

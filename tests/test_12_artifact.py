@@ -39,6 +39,7 @@ from train_gpt import (
     ConfigError,
     Linear,
     Route,
+    SiteProbe,
     Stored,
     World,
     add_fine_columns,
@@ -864,7 +865,8 @@ def naive_moments(model, batch):
         if isinstance(module, Linear):
             handles.append(module.register_forward_hook(hook))
     forward = make_forward(model, len(model.phases) - 1)
-    hidden = forward(batch.tokens, batch.docs)
+    # Deltas that add nothing, so that every product goes through its module.
+    hidden = forward(batch.tokens, batch.docs, SiteProbe())
     logits = hidden.flatten(0, 1).float() @ model.tok_emb.T
     logits.retain_grad()
     cap = model.settings.logit_softcap

@@ -325,9 +325,10 @@ class FutureMean(nn.Module):
         super().__init__()
         self.mixer, self.cheats = mixer, cheats
 
-    def forward(self, x, mask, sites, deltas):
-        sight = (mask | mask.mT if self.cheats else mask)[:, 0].to(x.dtype)
-        return self.mixer(x, mask, sites, deltas) + sight @ x / sight.sum(-1, keepdim=True)
+    def forward(self, x, context, sites, deltas):
+        sight = (context.mask | context.mask.mT if self.cheats else context.mask)[:, 0].to(x.dtype)
+        y, values = self.mixer(x, context, sites, deltas)
+        return y + sight @ x / sight.sum(-1, keepdim=True), values
 
 
 class Smear(nn.Module):
@@ -337,10 +338,11 @@ class Smear(nn.Module):
         super().__init__()
         self.mixer, self.cheats = mixer, cheats
 
-    def forward(self, x, mask, sites, deltas):
-        same = F.pad(mask[:, 0].diagonal(-1, 1, 2), (1, 0)).to(x.dtype)
+    def forward(self, x, context, sites, deltas):
+        same = F.pad(context.mask[:, 0].diagonal(-1, 1, 2), (1, 0)).to(x.dtype)
         before = F.pad(x, (0, 0, 1, -1))
-        return self.mixer(x, mask, sites, deltas) + before * (1 if self.cheats else same[..., None])
+        y, values = self.mixer(x, context, sites, deltas)
+        return y + before * (1 if self.cheats else same[..., None]), values
 
 
 class QuietLedger(Ledger):

@@ -120,6 +120,15 @@ class ThreadRank:
         """The tensor, summed over ranks in place."""
         return tensor.copy_(torch.stack(self.gather(tensor.clone())).sum(0))
 
+    def begin_add(self, tensor: Tensor) -> Callable[[], object]:
+        """The tensor, summed over ranks in place at once; nothing is left to wait for."""
+        self.add_(tensor)
+        return lambda: None
+
+    def begin_collect(self, tensor: Tensor) -> tuple[Tensor, Callable[[], object]]:
+        """The ranks' tensors (n, ...) as (ranks * n, ...), at once."""
+        return torch.cat(self.gather(tensor.clone())), lambda: None
+
     def each(self, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
         """function(item) of every item; counts them."""
         self.played += len(items)
