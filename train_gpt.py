@@ -17,7 +17,7 @@ Sections, in order; each uses only what stands above it:
     05 DATA         shards, the manifest, token streams, batches, bytes per token, counts of n-grams
     06 KERNELS      one record an operation: plain reference, fast twin, when the twin is usable
     07 FORMATS      float tensor <-> integer codes and scales; who gets which; the solvers of the codes
-    08 LAYERS       linear with sites, rotary, attention, feed-forward
+    08 LAYERS       linear with sites, rotary, attention and its gates, feed-forward, parts that read tokens
     09 MODEL        the layer plan, the block, the one forward, parameter roles
     10 OPTIMIZERS   Muon and AdamW as pure updates, the role table, schedules, weight averaging
     11 TRAINING     compile, warm up, step, log, checkpoint, stop
@@ -186,7 +186,7 @@ class ModelSettings:
 @group
 class OptimSettings:
     matrix_lr: float = setting(0.04, "Muon's rate", low=0.0)
-    tied_embed_lr: float = setting(0.05, "AdamW's rate for the embedding", low=0.0)
+    tied_embed_lr: float = setting(0.05, "AdamW's rate for the embedding and other tables", low=0.0)
     scalar_lr: float = setting(0.04, "AdamW's rate for gains and gates", low=0.0)
     muon_momentum: float = setting(0.95, "momentum of Muon", low=0.0, high=0.9999)
     muon_momentum_warmup_start: float = setting(0.85, "momentum at the first step", low=0.0, high=0.9999)
@@ -196,7 +196,7 @@ class OptimSettings:
     muon_backend_steps: int = setting(5, "iterations of it", low=1, high=20)
     muon_row_normalize: bool = setting(False, "rows of the update are normalised before the iteration")
     muon_wd: float = setting(0.0, "decoupled weight decay of matrices", low=0.0)
-    embed_wd: float = setting(0.0, "decoupled weight decay of the embedding", low=0.0)
+    embed_wd: float = setting(0.0, "decoupled weight decay of the embedding and other tables", low=0.0)
     wd_taper_start_frac: float = setting(1.0, "from this fraction of training on both decays change, straight to "
                                          "WD_TAPER_FINAL_MULT at the end", low=0.0, high=1.0)
     wd_taper_final_mult: float = setting(1.0, "what is left of them there", low=0.0)
@@ -227,7 +227,8 @@ class TrainSettings:
                                       "training, 2048 until 70 %, then TRAIN_SEQ_LEN=3072")
     seq_change_warmup_steps: int = setting(0, "steps over which the rate rises again after a change of context",
                                            unit="steps", low=0)
-    warmup_steps: int = setting(2, "untimed passes on random tokens for each plan before the clock starts", low=1)
+    warmup_steps: int = setting(2, "untimed passes on random tokens for each plan and context before the clock starts",
+                                low=1)
     train_log_every: int = setting(200, "steps between printed lines", unit="steps", low=1)
     val_loss_every: int = setting(1000, "steps between validations on the float weights; 0 is never", unit="steps",
                                   low=0)
@@ -602,6 +603,11 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "every length in TRAIN_SEQ_SCHEDULE={train.train_seq_schedule}, together"),
     (lambda c: all(block < len(parse_stack(c.model.stack)[0]) for block in parse_layers(c.model.ve_layers)),
      "VE_LAYERS={model.ve_layers}: names a block that STACK={model.stack} does not have"),
+    (lambda c: max(c.model.xsa_last_n, c.model.parallel_start_layer + 1) <= max(1, len(parse_stack(c.model.stack)[0])),
+     "XSA_LAST_N={model.xsa_last_n}, PARALLEL_START_LAYER={model.parallel_start_layer}: beyond the blocks of "
+     "STACK={model.stack}"),
+    (lambda c: c.optim.wd_taper_final_mult == 1 or c.optim.wd_taper_start_frac < 1,
+     "WD_TAPER_FINAL_MULT={optim.wd_taper_final_mult}: needs WD_TAPER_START_FRAC below 1, else it never begins"),
     (lambda c: c.model.gate_window <= c.model.model_dim,
      "GATE_WINDOW={model.gate_window}: must be at most MODEL_DIM={model.model_dim}"),
     (lambda c: not c.model.trigram or c.model.bigram_vocab_size,
@@ -860,24 +866,32 @@ PRESETS: dict[str, Preset] = {
         35_945_671, ((1024, "one skip less: two positions of the loop bring block 4 to block 5, and share its weights"),
                      (48, "lane scalars of the 8 blocks without lanes, which nothing trained"))),
     "sixteen": Preset(
-        "our own best stack of what exists: looped middle, gated skips, Polar Express Muon, GPTQ with "
-        "steps allocated by cost and fitted to the cap",
-        "after the record stacks of the challenge, 1.08 BPB line",
-        {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192,
-         "STACK": "A3 (A3)*3@0.35 A5", "MLP_MULT": 4.0, "MLP_SLOPE": 0.5, "ROPE_DIMS": 16, "QK_GAIN_INIT": 5.0,
-         "SKIP_GATES_ENABLED": True, "MATRIX_INIT": "orthogonal",
+        "our own best stack: the record stack with steps allocated by cost and fitted to the cap, and with strict "
+        "test-time training; in a CPU's minutes hashed pairs of tokens in place of what pays later",
+        "after PR 1855 and 2014 of the challenge; what was kept and what left: records/LOG.md",
+        {"DATA_PATH": "./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved", "VOCAB_SIZE": 8192,
+         "STACK": "A3 (A3)*3@0.35 A5", "MLP_MULT": 4.0, "MLP_SLOPE": 0.5, "ROPE_DIMS": 16, "QK_GAIN_INIT": 5.25,
+         "SKIP_GATES_ENABLED": True, "MATRIX_INIT": "orthogonal", "XSA_LAST_N": 11, "ATTN_GATE": "sparse",
+         "SPARSE_ATTN_GATE_SCALE": 0.5, "SMEAR_GATE_ENABLED": True, "LN_SCALE": True, "PARALLEL_START_LAYER": 8,
          "MATRIX_LR": 0.026, "TIED_EMBED_LR": 0.03, "SCALAR_LR": 0.02, "MUON_MOMENTUM": 0.97,
          "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_BACKEND": "polar_express",
          "MUON_ROW_NORMALIZE": True, "MUON_WD": 0.095, "EMBED_WD": 0.085, "BETA2": 0.99, "GRAD_CLIP_NORM": 0.3,
          "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.85, "MIN_LR": 0.1, "EMA_DECAY": 0.9965,
-         "TRAIN_BATCH_TOKENS": 786432, "MICRO_BATCH_TOKENS": 98304, "TRAIN_SEQ_LEN": 2048, "VAL_LOSS_EVERY": 4000,
+         "TRAIN_BATCH_TOKENS": 786432, "MICRO_BATCH_TOKENS": 98304, "TRAIN_SEQ_LEN": 3072,
+         "TRAIN_SEQ_SCHEDULE": "1024@0.1,2048@0.7,3072@1", "SEQ_CHANGE_WARMUP_STEPS": 32, "VAL_LOSS_EVERY": 4000,
          "MATRIX_CLIP_SIGMAS": 50.0, "EMBED_CLIP_SIGMAS": 30.0, "SOLVER": "gptq", "RATE_ROUNDING": 1.0,
          "ALLOCATE": True, "FIT": True, "CODEC": "context,brotli",
-         "EVAL": "contiguous,sliding,ttt", "EVAL_SEQ_LEN": 2048, "EVAL_BATCH_TOKENS": 131072},
-        {"tiny": {"STACK": "A4", "MUON_MOMENTUM_WARMUP_STEPS": 100, "MUON_MOMENTUM_WARMUP_START": 0.85,
+         "EVAL": "contiguous,sliding,ttt", "EVAL_SEQ_LEN": 3072, "EVAL_STRIDE": 1536, "EVAL_BATCH_TOKENS": 131072,
+         "TTT_SITES": "k,attn,mlp,head", "TTT_LORA_LR": 7.5e-5, "TTT_SHORT_SCORE_FIRST_STEPS": "256:8,2000:24",
+         "TTT_EVAL_SEQ_LEN": 3072, "TTT_BATCH_SIZE": 24},
+        {"tiny": {"STACK": "A4", "XSA_LAST_N": 0, "ATTN_GATE": "none", "LN_SCALE": False, "PARALLEL_START_LAYER": 0,
+                  "BIGRAM_VOCAB_SIZE": 2048, "BIGRAM_DIM": 64, "QK_GAIN_INIT": 2.5,
+                  "TRAIN_SEQ_SCHEDULE": "128@0.3,256@1", "SEQ_CHANGE_WARMUP_STEPS": 8,
+                  "MUON_MOMENTUM_WARMUP_STEPS": 100, "MUON_MOMENTUM_WARMUP_START": 0.85,
                   "MUON_MOMENTUM": 0.95, "MUON_WD": 0.0, "EMBED_WD": 0.0, "EMA_DECAY": 0.0, "GRAD_CLIP_NORM": 1.0,
                   "MATRIX_CLIP_SIGMAS": 0.0, "EMBED_CLIP_SIGMAS": 0.0,
-                  "MIN_LR": 0.02, "BETA2": 0.95}}),
+                  "MIN_LR": 0.02, "BETA2": 0.95, "TTT_SITES": "q,k,v,attn,mlp,head",
+                  "TTT_SHORT_SCORE_FIRST_STEPS": ""}}),
 }
 
 OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -1511,8 +1525,8 @@ class Spans(NamedTuple):
 
 
 def make_spans(breaks: np.ndarray, count: int, longest: int, device: torch.device) -> Spans:
-    """Spans of `count` tokens that begin at 0 and at the rising positions `breaks`; their number is filled up to a
-    multiple of SPAN_BUCKET, so that a compiled graph sees few different ones."""
+    """Spans of `count` tokens that begin at 0 and at the rising positions `breaks`; `starts` is filled up to a multiple
+    of SPAN_BUCKET, so that a compiled graph sees few different lengths."""
     starts = np.full(-(-(len(breaks) + 2) // SPAN_BUCKET) * SPAN_BUCKET, count, np.int32)
     starts[0] = 0
     starts[1:1 + len(breaks)] = breaks
@@ -1572,8 +1586,8 @@ class Batches:
         self.blocks_per_micro = train.micro_batch_tokens // self.block
         self.blocks_per_epoch = (len(stream) - 1) // self.block - 1
         if self.blocks_per_epoch < 1:
-            raise ConfigError(f"{'MICRO_BATCH_TOKENS' if packed else 'TRAIN_SEQ_LEN'}={self.block}: the training "
-                              f"shards have {len(stream)} tokens, less than two rows")
+            raise ConfigError(f"TRAIN_SEQ_LEN={train.train_seq_len}: the training shards have {len(stream)} tokens, "
+                              f"less than two rows of {self.block}" + (", a packed micro-batch" * packed))
         # Kept and replaced as a whole: several threads read it.
         self.epoch: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.int64))
 
@@ -1840,10 +1854,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     return (scores.masked_fill(~mask, -math.inf).softmax(-1) @ v.to(wide)).to(q.dtype).transpose(1, 2)
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flash: bool = False) -> Tensor:
     """The same through torch's scaled_dot_product_attention; short bf16 rows on a CPU as two plain products, which
-    torch's CPU kernel does not beat before SHORT_ROWS (its backward is the slow half)."""
-    if mask is None and q.device.type == "cuda":
+    torch's CPU kernel does not beat before SHORT_ROWS (its backward is the slow half). `flash`: its flash kernel runs
+    here, which needs no repeated heads (others would then build all scores)."""
+    if mask is None and flash:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                               enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
     k, v, q = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2]), q.transpose(1, 2)
@@ -1858,7 +1873,7 @@ def _with_spans(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     rows that hold one document or come with a mask to torch's own."""
     def attention_spans(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Spans | None") -> Tensor:
         if not isinstance(mask, Spans):
-            return attention_sdpa(q, k, v, mask)
+            return attention_sdpa(q, k, v, mask, flash=True)
         return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).view_as(q)
     return attention_spans
 
@@ -1890,14 +1905,20 @@ def make_attention_fa3() -> Callable[..., Tensor]:
     return _with_spans(attend)
 
 
-def _lacks_flash(device: torch.device, dtype: torch.dtype, package: str, least: tuple[int, int]) -> str | None:
-    """Why attention of variable length is not usable: device, dtype, package."""
+def _lacks_flash(device: torch.device, dtype: torch.dtype, settings: ModelSettings, package: str, majors: range
+                 ) -> str | None:
+    """Why attention of variable length is not usable: device, dtype, width of a head, package."""
     if device.type != "cuda":
         return "needs a GPU"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(dtype)[6:]}"
-    if torch.cuda.get_device_capability(device) < least:
-        return f"needs compute capability {least[0]}.{least[1]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in majors:
+        return f"needs compute capability {majors[0]}.0 to {majors[-1]}.x (this is {major}.{minor})"
+    heads = {int(block.overrides.get("heads", settings.num_heads)) for block in parse_stack(settings.stack)[0]}
+    if odd := [settings.model_dim // count for count in heads if settings.model_dim // count % 8 or (
+            settings.model_dim // count > 256)]:
+        return f"needs heads of at most 256 channels, a multiple of 8 (here {odd[0]})"
     try:
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
     except ModuleNotFoundError:
@@ -1950,11 +1971,11 @@ class _ChunkedNats(torch.autograd.Function):
             if bent is not None:
                 steep = 1 - bent.square()
                 if above is not None:
-                    to_caps = slope * (bent - logits / caps * steep) / count
+                    to_caps = slope * (bent - logits / caps * steep)
                     over = torch.where(above, to_caps, 0.0).sum()
                     d_caps += torch.stack([over, to_caps.sum() - over])
                 slope *= steep
-            slope = slope.mul_(1 / count).to(hidden.dtype)
+            slope = slope.to(hidden.dtype)
             torch.mm(slope, weight, out=d_hidden[rows])
             d_weight += slope.mT @ hidden[rows]
         ctx.save_for_backward(d_hidden, d_weight, d_caps)
@@ -1963,8 +1984,10 @@ class _ChunkedNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
         d_hidden, d_weight, d_caps = ctx.saved_tensors
-        return (d_hidden * upstream.to(d_hidden.dtype), d_weight * upstream, None,
-                None if d_caps is None else d_caps * upstream)
+        # Gradients of the sum until here, so that no half slope is too small for its dtype.
+        share = upstream / len(d_hidden)
+        return ((d_hidden * share).to(d_hidden.dtype), d_weight * share, None,
+                None if d_caps is None else d_caps * share)
 
 
 def mean_nats_chunked(hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: float | Tensor) -> Tensor:
@@ -1977,12 +2000,18 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up.to(x.dtype)), slope).square(), down.to(x.dtype))
 
 
+def triton_lacks() -> list[str]:
+    """What Triton needs and this machine has not: itself, and a C compiler for its launchers."""
+    there = {"triton": importlib.util.find_spec("triton"), "a C compiler": shutil.which("gcc") or shutil.which("cc")}
+    return [what for what, found in there.items() if not found]
+
+
 def triton_unusable(device: torch.device, lowest: int = 8, highest: int = 99) -> str | None:
     """Why Triton's twins cannot run there, or None; lowest and highest bound the major compute capability."""
     if device.type != "cuda":
         return "needs a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton"
+    if lacking := triton_lacks():
+        return f"needs {' and '.join(lacking)}"
     major, minor = torch.cuda.get_device_capability(device)
     if lowest <= major <= highest:
         return None
@@ -2145,21 +2174,28 @@ def triton_twins() -> None:
         ctx.save_for_backward(*inputs[:3], *output[1:])
         ctx.slope = inputs[3]
 
-    def mlp_gradients(upstream: Tensor, x: Tensor, up: Tensor, down: Tensor, pre: Tensor, act: Tensor, slope: float
-                      ) -> tuple[Tensor, ...]:
-        """Gradients of x (M, D) in its dtype, of up (F, D) and down (D, F) in fp32."""
+    def mlp_gradients(upstream: Tensor, x: Tensor, up: Tensor, down: Tensor, pre: Tensor, act: Tensor, slope: float,
+                      weights: bool) -> tuple[Tensor, ...]:
+        """Gradients of x (M, D) in its dtype, of up (F, D) and down (D, F) in fp32, empty where none is wanted."""
         upstream = upstream.contiguous()
         d_pre = launch(upstream, x.new_empty(up.shape).copy_(down.T), pre, slope, True)
-        return d_pre @ up.to(x.dtype), wide_product(d_pre.T, x), wide_product(upstream.T, act)
+        d_x = d_pre @ up.to(x.dtype)
+        if not weights:
+            return d_x, *(torch.empty(0, device=x.device) for _ in range(2))
+        return d_x, wide_product(d_pre.T, x), wide_product(upstream.T, act)
+
+    def mlp_backward(ctx: Any, upstream: Tensor, *_: None) -> tuple:
+        weights = any(ctx.needs_input_grad[1:3])
+        d_x, *d_weights = torch.ops.sixteen.mlp_back(upstream, *ctx.saved_tensors, ctx.slope, weights)
+        return d_x, *(d_weights if weights else (None, None)), None
 
     register("mlp (Tensor x, Tensor up, Tensor down, float slope) -> (Tensor, Tensor, Tensor)", mlp_forward,
              lambda x, up, down, slope: tuple(x.new_empty(len(x), len(w)) for w in (down, up, up)),
-             lambda ctx, upstream, *_: (*torch.ops.sixteen.mlp_back(upstream, *ctx.saved_tensors, ctx.slope), None),
-             mlp_save)
-    register("mlp_back (Tensor upstream, Tensor x, Tensor up, Tensor down, Tensor pre, Tensor act, float slope) -> "
-             "(Tensor, Tensor, Tensor)", mlp_gradients,
-             lambda upstream, x, up, down, pre, act, slope: (x.new_empty(x.shape), *(
-                 torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in (up, down))))
+             mlp_backward, mlp_save)
+    register("mlp_back (Tensor upstream, Tensor x, Tensor up, Tensor down, Tensor pre, Tensor act, float slope, "
+             "bool weights) -> (Tensor, Tensor, Tensor)", mlp_gradients,
+             lambda upstream, x, up, down, pre, act, slope, weights: (x.new_empty(x.shape), *(
+                 torch.empty(w.shape if weights else 0, dtype=torch.float32, device=w.device) for w in (up, down))))
 
 
 def mean_nats_triton(hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -2199,9 +2235,9 @@ class Kernel(NamedTuple):
 KERNELS: dict[str, Kernel] = {
     "attention": Kernel(attention_reference, {
         "fa3": Twin(make_attention_fa3, lambda device, dtype, settings: _lacks_flash(
-            device, dtype, "flash_attn_interface", (9, 0)), packed=True),
+            device, dtype, settings, "flash_attn_interface", range(9, 10)), packed=True),
         "varlen": Twin(make_attention_varlen, lambda device, dtype, settings: _lacks_flash(
-            device, dtype, "torch.nn.attention.varlen", (8, 0)), packed=True),
+            device, dtype, settings, "torch.nn.attention.varlen", range(8, 100)), packed=True),
         "sdpa": Twin(lambda: attention_sdpa, lambda device, dtype, settings: None)}, 2e-6, 2e-5),
     "mean_nats": Kernel(mean_nats_reference, {
         "triton": Twin(lambda: _made(mean_nats_triton), lambda device, dtype, settings: triton_unusable(device, 7) or (
@@ -3452,9 +3488,10 @@ def length_at(settings: TrainSettings, frac: float) -> int:
 
 
 def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:
-    """Name -> rank: dearest first, each to the rank with the least work so far; ties by name. The same everywhere."""
+    """Name -> rank: dearest first, each to the rank with the least work so far; ties by the name from its end, so that
+    like matrices of all blocks are dealt out in turn. The same everywhere."""
     loads, owners = [0.0] * size, {}
-    for name in sorted(costs, key=lambda key: (-costs[key], key)):
+    for name in sorted(costs, key=lambda key: (-costs[key], key.split(".")[::-1])):
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += costs[name]
     return owners
@@ -3589,8 +3626,7 @@ def pick_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     if choice == "0":
         return False, "COMPILE=0"
     if device.type == "cuda":
-        lacking = [what for what, there in (("triton", importlib.util.find_spec("triton")),
-                                            ("a C compiler", shutil.which("gcc") or shutil.which("cc"))) if not there]
+        lacking = triton_lacks()
         if lacking and choice == "1":
             raise ConfigError(f"COMPILE=1: on a GPU needs {' and '.join(lacking)}, not found")
         return not lacking, f"a GPU without {' and '.join(lacking)}" if lacking else "a GPU"
@@ -3674,7 +3710,7 @@ class Checkpoint(NamedTuple):
     average: dict[str, Tensor]
     state: dict[str, dict[str, Tensor]]
     counts: dict[str, int]
-    pace: dict[str, float] = {}  # the loss scale, and the context with the step at which it began
+    pace: dict[str, float]  # context and the step at which it began, loss scale, clocks, whether rows are packed
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -3764,19 +3800,23 @@ class Trainer:
 
     def __init__(self, config: Config, model: GPT, data: Data, world: World, log: Log, folder: Path,
                  compiled: bool, score_float: Callable[[int], tuple[float, float]],
-                 plan_ahead: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> None:
+                 plan_ahead: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0), began: float | None = None
+                 ) -> None:
         self.config, self.model, self.world, self.log, self.folder = config, model, world, log, folder
         self.data, self.compiled, self.score_float, self.plan_ahead = data, compiled, score_float, plan_ahead
         self.batches = Batches(data.train, config.data, config.train, config.run.seed, model.packed)
         self.prefetch, self.scale = Prefetch(self.batches, world), LossScale(model.dtype)
         self.length, self.changed_at = length_at(config.train, 0.0), -config.train.seq_change_warmup_steps
-        # Steps whose loss is still being computed: (step, loss, norm, factor, event). A GPU may be that far behind.
-        self.flying: list[tuple[int, Tensor, Tensor, float, Any]] = []
+        # Steps that may still be computed: (step, loss and gradient norm, rate factor, event). A GPU may be that far
+        # behind; the host never waits for more than the oldest.
+        self.flying: list[tuple[int, Tensor, float, Any]] = []
         self.depth = 2 if world.device.type == "cuda" and not self.scale.on else 0
         self.replayed = config.system.cuda_graphs
         if self.replayed and not (compiled and world.device.type == "cuda"):
             raise ConfigError("CUDA_GRAPHS=1: needs a GPU and a compiled step, see COMPILE")
-        self.reserve, self.began, self.before = config.train.reserve_seconds, log.clock(), 0.0
+        self.reserve, self.before = config.train.reserve_seconds, 0.0
+        # On the strict clock: when this process began, and what earlier ones of this run spent.
+        self.began, self.earlier = log.clock() if began is None else began, 0.0
         self.optimizer = Optimizer(model, config.optim, world, model.dtype)
         self.average = Average(model, config.optim.ema_decay)
         self.routes = routes_of(model, config.artifact)
@@ -3808,7 +3848,7 @@ class Trainer:
                 self.log.line(f"restarted: killed before its first checkpoint, train_time:{spent * 1000:.0f}ms spent")
                 self.log.event("resume", step=0, train_seconds=spent if timed else 0.0)
             self.log.event("start")
-            self.watch.spent = self.saved_at = self.resumed_at = spent if timed else 0.0
+            self.watch.spent = self.saved_at = self.resumed_at = self.earlier = spent if timed else 0.0
             return False
         held = load_checkpoint(path)
         if held.config_hash != self.config.digest():
@@ -3826,10 +3866,17 @@ class Trainer:
                 self.average.shadow[name].copy_(held.average[name])
         self.optimizer.counts.update(held.counts)
         self.step, self.last_loss, self.finished = held.step, held.last_loss, held.finished
-        self.length, self.changed_at = int(held.pace["length"]), int(held.pace["changed_at"])
-        self.scale.value, self.scale.good = held.pace["scale"], int(held.pace["good"])
+        pace = held.pace
+        if bool(pace["packed"]) != self.model.packed:
+            raise ConfigError(f"RUN_ID={self.folder.name}: {path} was trained on rows with packed:{pace['packed']}, "
+                              f"here attention wants packed:{self.model.packed}, and would read other data; resume "
+                              "where the same kernels run, or use another RUN_ID")
+        self.length, self.changed_at = int(pace["length"]), int(pace["changed_at"])
+        self.scale.value, self.scale.good = pace["scale"], int(pace["good"])
+        self.reserve, self.before = self.reserve or pace["reserve"], pace["before"]
         seconds = max(held.seconds, logged) if timed and not held.finished else held.seconds
         self.watch.spent = self.saved_at = self.resumed_at = self.world.same(seconds)
+        self.earlier = pace["strict"] + self.resumed_at - held.seconds
         self.slowest, self.landed_at = seconds / max(1, self.step), seconds
         self.log.line(f"resumed:{path} step:{self.step} train_time:{self.watch.spent * 1000:.0f}ms"
                       + (" (training was finished)" if held.finished else ""))
@@ -3887,16 +3934,26 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.coverage.check_phases()
         self.graphs = compiled_graphs() if self.compiled else 0
-        spent, (reserve, writing) = self.log.clock() - began, self.plan_ahead()
+        if self.world.device.type == "cuda":
+            # The first exchange between GPUs sets up their network, which takes seconds.
+            self.world.add_(torch.zeros(1, device=self.world.device))
+            torch.cuda.synchronize()
+        spent = self.log.clock() - began
+        reserve, writing = (0.0, 0.0) if self.reserve and not settings.strict_clock else self.plan_ahead()
         self.reserve = self.reserve or self.world.same(reserve)
-        self.before = self.world.same(self.log.clock() - self.began + writing) if settings.strict_clock else 0.0
+        if settings.strict_clock:
+            self.before = self.world.same(self.strict_seconds() - self.watch.spent + writing)
         self.log.line(f"warmup:{settings.warmup_steps} passes of {len(self.shapes())} plans and contexts in "
-                      f"{spent:.1f}s, not timed; reserve:{self.reserve:.1f}s for the calibration"
+                      f"{spent:.1f}s; reserve:{self.reserve:.1f}s for the calibration"
                       + (f"; strict clock: {self.before:.1f}s for set-up and writing" if settings.strict_clock else ""))
         if settings.max_wallclock_seconds and self.budget() <= 0:
             raise CheckError(f"MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g}: nothing is left for training "
                              f"beside {self.reserve:.1f} s of calibration and {self.before:.1f} s of set-up and "
                              "writing")
+
+    def strict_seconds(self) -> float:
+        """Seconds on the strict clock so far: all of this process's stage, and of the processes before it."""
+        return self.earlier + self.log.clock() - self.began
 
     def run_loss(self, phase: int, batch: Batch) -> Tensor:
         """The loss of a batch, through the compiled graph of its phase. The number of spans is told to be variable, so
@@ -3943,8 +4000,7 @@ class Trainer:
         return Progress(self.step, frac, left, room)
 
     def gradients(self, phase: int) -> tuple[Tensor, Tensor]:
-        """Fill the gradients of the global batch; returns its mean loss in nats and the gradient norm, on the device.
-        Sums over ranks of large and of small gradients travel side by side with the norms."""
+        """Fill the gradients of the global batch; its mean loss in nats and the gradient norm, on the device."""
         total = torch.zeros((), device=self.world.device)
         self.model.zero_grad(set_to_none=True)
         parameters = list(self.model.parameters())
@@ -4014,10 +4070,11 @@ class Trainer:
         if self.grams is not None:
             self.grams.absorb(range(self.step * self.micros, (self.step + 1) * self.micros), self.world)
         self.step += 1
-        mark = torch.cuda.Event() if self.depth else None
+        told, mark = torch.empty(2, pin_memory=bool(self.depth)), torch.cuda.Event() if self.depth else None
+        told.copy_(torch.stack((loss, norm)), non_blocking=True)
         if mark is not None:
             mark.record()
-        self.flying.append((self.step, loss, norm, factor, mark))
+        self.flying.append((self.step, told, factor, mark))
         self.land(self.depth)
 
     def usable(self, step: int, loss: float, norm: float) -> bool:
@@ -4035,10 +4092,10 @@ class Trainer:
     def land(self, flying: int) -> None:
         """Log the steps that are done, until at most `flying` are left in the air."""
         while len(self.flying) > flying:
-            step, loss, norm, factor, mark = self.flying.pop(0)
+            step, told, factor, mark = self.flying.pop(0)
             if mark is not None:
                 mark.synchronize()
-            found, size = loss.item(), norm.item()
+            found, size = told.tolist()
             if self.depth:
                 self.usable(step - 1, found, size)
             seconds, self.last_loss = self.watch.seconds(), found
@@ -4059,7 +4116,8 @@ class Trainer:
     def validate(self, frac: float) -> None:
         """Score the weights as the forward uses them on the whole validation split; the training clock stands still."""
         self.land(0)
-        self.watch.stop()
+        if not self.config.train.strict_clock:
+            self.watch.stop()
         with self.as_stored(frac):
             nats, bpb = self.score_float(phase_at(self.model.phases, frac))
         seconds = self.watch.seconds()
@@ -4069,7 +4127,9 @@ class Trainer:
         self.log.event("val", step=self.step, val_loss=nats, val_bpb=bpb, train_seconds=seconds)
         if self.board is not None:
             self.board.add_scalar("val_bpb", bpb, self.step)
-        self.watch.start()
+        if not self.config.train.strict_clock:
+            self.watch.start()
+        self.landed_at = self.watch.seconds()
 
     def save(self, finished: bool) -> None:
         """Write the checkpoint on rank 0: copied here, written beside the next steps. The last one is waited for."""
@@ -4086,10 +4146,12 @@ class Trainer:
         held = Checkpoint(self.step, self.saved_at, finished, self.last_loss, self.config.digest(),
                           self.data.manifest_sha256, weights, average, state, dict(self.optimizer.counts),
                           {"length": self.length, "changed_at": self.changed_at, "scale": self.scale.value,
-                           "good": self.scale.good})
+                           "good": self.scale.good, "packed": self.model.packed, "reserve": self.reserve,
+                           "before": self.before, "strict": self.strict_seconds()})
         self.saving = self.writer.submit(self._write, held)
         if finished:
             self.saving.result()
+        self.landed_at = self.watch.seconds()
 
     def _write(self, held: Checkpoint) -> None:
         save_checkpoint(self.folder / "checkpoint.pt", held)
@@ -4146,6 +4208,7 @@ class Trainer:
             self.one_step(progress)
             if self.step % settings.sync_check_every == 0:
                 check_same_weights(self.model, self.world)
+                self.landed_at = self.watch.seconds()
             if settings.checkpoint_seconds and self.watch.seconds() - self.saved_at >= settings.checkpoint_seconds:
                 self.save(finished=False)
             if self.log.bar is not None:
@@ -5338,7 +5401,8 @@ def top_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     of the smaller of its two products with itself: for a few factors much faster than all of them."""
     wide = matrix.shape[0] <= matrix.shape[1]
     values, vectors = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix)
-    s, vectors = values[-rank:].flip(0).clamp_min(1e-300).sqrt(), vectors[:, -rank:].flip(1)
+    floor = float(values[-1].clamp_min(1e-200)) * 1e-16  # below it is rounding
+    s, vectors = values[-rank:].flip(0).clamp_min(floor).sqrt(), vectors[:, -rank:].flip(1)
     other = (vectors.mT @ matrix if wide else matrix @ vectors) / (s[:, None] if wide else s)
     return (s, vectors, other) if wide else (s, other, vectors.mT)
 
@@ -5967,6 +6031,7 @@ class TestTime(Frozen):
             self.use(copy.deepcopy(self.model))
             self.momenta = [torch.zeros_like(parameter) for parameter in self.model.parameters()]
         self.stream = np.concatenate([self.stream, told.tokens])
+        self.model.requires_grad_(True)
         loss, parameters = make_loss(self.model, self.phase), list(self.model.parameters())
         length = min(settings.ttt_eval_seq_len, len(self.stream) - 1)
         starts = range(0, len(self.stream) - length, length)
@@ -5979,10 +6044,10 @@ class TestTime(Frozen):
                 batch = torch.from_numpy(np.stack(mine)).to(world.device)
                 docs = document_index(batch[:, :-1]) if self.config.data.doc_isolation else None
                 with torch.enable_grad():
-                    found = torch.autograd.grad(loss(batch[:, :-1], batch[:, 1:], docs) * (len(mine) / len(step)),
-                                                parameters, materialize_grads=True)
+                    found = torch.autograd.grad(loss(batch[:, :-1], batch[:, 1:], docs) * (
+                        self.lift * len(mine) / len(step)), parameters, materialize_grads=True)
                 grads[part] = torch.cat([grad.flatten() for grad in found])
-            total = world.add_(grads).sum(0)
+            total = world.add_(grads).sum(0) / self.lift
             clip = settings.global_ttt_grad_clip
             total *= min(1.0, clip / max(float(total.norm()), 1e-12)) if clip else 1.0
             rate = settings.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / len(steps)))
@@ -5991,6 +6056,7 @@ class TestTime(Frozen):
             torch._foreach_mul_(self.momenta, settings.global_ttt_momentum)
             torch._foreach_add_(self.momenta, parts)
             torch._foreach_add_([parameter.data for parameter in parameters], self.momenta, alpha=-rate)
+        self.model.requires_grad_(False)
         return True
 
 
@@ -6658,7 +6724,8 @@ def check_rows(config: Config) -> None:
     """Look every row up that the run will need, before any work: in a packed file one may be missing."""
     tables = {"FORMATS": FORMATS, "SOLVERS": SOLVERS, "CODECS": CODECS, "MIXERS": MIXERS, "EVALUATORS": EVALUATORS,
               "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
-              "CORRECTIONS": CORRECTIONS}
+              "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
+              "FINAL_LANES": FINAL_LANES}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]
@@ -6857,11 +6924,11 @@ def stage_train(run: Run) -> None:
         return found.nats / found.tokens, bits_per_byte(found.nats, found.bytes)
 
     trainer = Trainer(run.config, model, run.data(), run.world, run.log, run.folder, run.compiled, score_float,
-                      functools.partial(rehearse_squeeze, run, model))
+                      functools.partial(rehearse_squeeze, run, model), began)
     finished_before = trainer.resume()
     part = trainer.run()
     earlier = run.result.get("train", {}).get("strict_seconds", 0.0)
-    run.keep(train={**part, "strict_seconds": earlier if finished_before else run.clock() - began + trainer.resumed_at})
+    run.keep(train={**part, "strict_seconds": earlier if finished_before else trainer.strict_seconds()})
 
 
 def exported_weights(run: Run, held: Checkpoint) -> dict[str, Tensor]:
@@ -6928,21 +6995,32 @@ def rehearse_squeeze(run: Run, model: GPT) -> tuple[float, float]:
     """Seconds to keep for the calibration, from one and from two rounds of it on random tokens and a copy of the model;
     and with STRICT_CLOCK those of writing, from one build of the artifact of untrained weights."""
     config, world = run.config, run.world
-    if not config.train.max_wallclock_seconds or "calibrate" not in config.run.stages:
-        return 0.0, 0.0
-    calibrated = needs_calibration(routes_of(model, config.artifact), config.artifact)
-    if not calibrated and not config.train.strict_clock:
+    calibrated = "calibrate" in config.run.stages and needs_calibration(routes_of(model, config.artifact),
+                                                                       config.artifact)
+    if not config.train.max_wallclock_seconds or not (calibrated or config.train.strict_clock):
         return 0.0, 0.0
     rng = np.random.default_rng(stream_seed(config.run.seed, "rehearsal"))
     shard = rng.integers(BOS + 1, config.data.vocab_size, 4 * config.train.micro_batch_tokens)
     rows = Batches(TokenStream([shard]), config.data, config.train, 0, model.packed)
-    workers, found = world.size * world.lanes, None
+    workers, found, path = world.size * world.lanes, None, run.folder / ".rehearsal.pt"
+    # Of the start's weights some are zero, and pass no gradient on: all are filled as training fills them.
+    generator = torch.Generator(world.device).manual_seed(0)
+    weights = {name: torch.empty_like(p).normal_(std=0.02, generator=generator) for name, p in model.named_parameters()}
+    began = run.clock()
+    if world.first:
+        # As large as a checkpoint, which training ends with and the calibration reads before it begins.
+        torch.save([weights, *({name: weight.clone() for name, weight in weights.items()} for _ in range(2))], path)
+    world.barrier()
+    saving = run.clock() - began
 
     def spent(rounds: int) -> float:
         nonlocal found
         began, other = run.clock(), run.new_model()
-        load_weights(other, dict(model.named_parameters()), "rehearsal")
-        found, _ = collect(run, other, rows, rounds * workers)
+        load_tensors(path, "cpu", "delete it")
+        load_weights(other, weights, "rehearsal")
+        found, content = collect(run, other, rows, rounds * workers)
+        if world.first:
+            write_atomic(path.with_suffix(".moments"), content)
         return run.clock() - began
 
     reserve = writing = 0.0
@@ -6954,13 +7032,12 @@ def rehearse_squeeze(run: Run, model: GPT) -> tuple[float, float]:
         reserve = RESERVE_MARGIN * (max(one - each, 0.0) + rounds * each)
     if config.train.strict_clock and "write" in config.run.stages:
         began = run.clock()
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        # Zeros cost nothing to code: every tensor is filled as training fills it.
-        generator = torch.Generator(world.device).manual_seed(0)
-        for weight in weights.values():
-            weight.normal_(std=0.02, generator=generator)
         Squeeze(run, weights, model, found).build(None)
-        writing = RESERVE_MARGIN * (run.clock() - began) * ((FIT_PASSES - 1) if config.artifact.fit else 1)
+        writing = RESERVE_MARGIN * (saving + (run.clock() - began) * (FIT_PASSES if config.artifact.fit else 1))
+    world.barrier()
+    if world.first:
+        for left in (path, path.with_suffix(".moments")):
+            left.unlink(missing_ok=True)
     return reserve, writing
 
 
@@ -7089,6 +7166,8 @@ def squeeze_table(entries: list[Entry]) -> list[str]:
 
 def stage_write(run: Run) -> None:
     """Squeeze the exported weights of checkpoint.pt into artifact.bin. All ranks solve; rank 0 codes and writes."""
+    # Known at once in a packed file; what a readable one takes to pack itself for the count is no work of the run's.
+    code = run.world.same(run.code_bytes if run.world.first else 0)
     began, settings = run.clock(), run.config.artifact
     _, missing = pick_codecs(settings.codec)
     if missing:
@@ -7097,7 +7176,6 @@ def stage_write(run: Run) -> None:
     model = run.new_model()
     load_weights(model, held.average or held.weights, f"FROM={run.source}")
     squeeze = Squeeze(run, {name: parameter.detach() for name, parameter in model.named_parameters()}, model)
-    code = run.world.same(run.code_bytes if run.world.first else 0)
     fit = squeeze.fit(settings.target_bytes - code) if settings.fit else Fit(0.0, squeeze.build(None), 1, "FIT=0")
     if not run.world.first:
         return
@@ -7143,7 +7221,8 @@ def _loaded(run: Run) -> GPT:
     facts, weights = load_artifact(path)
     if facts.get("tokenizer_sha256") != run.data().tokenizer_sha256:
         raise ConfigError(f"DATA_PATH={run.config.data.data_path}: {path} was trained with another tokenizer")
-    return make_model_from(facts, weights, run.kernels, run.dtype, path).to(run.world.device)
+    # Scoring needs no gradient of a weight; without this, test-time training would make them all.
+    return make_model_from(facts, weights, run.kernels, run.dtype, path).to(run.world.device).requires_grad_(False)
 
 
 def stage_reload(run: Run) -> None:

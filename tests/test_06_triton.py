@@ -110,9 +110,15 @@ def in_interpreter():
     operations = torch.ops.sixteen
     half = [hidden.bfloat16(), embedding, up, down]
     for name, args in (("mean_nats", (half[0], half[1], *rest)), ("mlp", (half[0], half[2], half[3], 0.5)),
-                       ("mlp_back", (half[0], half[0], half[2], half[3], *(half[0].new_zeros(9, 48),) * 2, 0.5))):
+                       *(("mlp_back", (half[0], half[0], half[2], half[3], *(half[0].new_zeros(9, 48),) * 2, 0.5, on))
+                         for on in (True, False))):
         torch.library.opcheck(getattr(operations, name).default, args,
                               test_utils=("test_schema", "test_faketensor"))
+    # Weights that want no gradient: none is made, and the input's is the same.
+    x = hidden.clone().requires_grad_()
+    loose = [torch.autograd.grad(f(x, up, down, 0.5).square().sum(), x)[0]
+             for f in (kernels.mlp_reference, kernels.mlp_triton)]
+    found["frozen"] = errors(loose[:1], loose[1:])
     poison()
     for dtype in TOLERANCE:
         for case in NATS:
@@ -149,6 +155,40 @@ def test_operations_do_not_break_a_graph(interpreted, backend):
     assert max(interpreted[backend]) <= TOLERANCE["float32"]
 
 
+PACKED = """
+import importlib.util, json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, train_gpt as golf
+config = golf.load_config(["PRESET=caseops", "OVERLAY="], {}, gpus=0)
+open(sys.argv[2], "wb").write(golf.pack_self(config))
+spec = importlib.util.spec_from_file_location("packed_gpt", sys.argv[2])
+packed = importlib.util.module_from_spec(spec)
+sys.modules["packed_gpt"] = packed
+spec.loader.exec_module(packed)
+packed.triton_twins()
+x, up, down = torch.randn(5, 16), torch.randn(24, 16), torch.randn(16, 24)
+bent = packed.mlp_triton(x, up, down, 0.5), golf.mlp_reference(x, up, down, 0.5)
+targets = torch.randint(0, 24, (5,))
+nats = packed.mean_nats_triton(x, up, targets, 30.0), golf.mean_nats_reference(x, up, targets, 30.0)
+print(json.dumps([float((got - wanted).norm() / wanted.norm()) for got, wanted in (bent, nats)]))
+"""
+
+
+def test_the_packed_file_has_working_kernels(tmp_path):
+    """Packing must leave Triton what it reads from the source: names, constants, annotations."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton, for its interpreter")
+    done = subprocess.run([sys.executable, "-c", PACKED, str(ROOT), str(tmp_path / "packed_gpt.py")],
+                          capture_output=True, text=True, timeout=240, cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert max(json.loads(done.stdout.splitlines()[-1])) < 5e-6
+
+
+def test_frozen_weights_get_no_gradient(interpreted):
+    assert max(interpreted["frozen"]) <= TOLERANCE["float32"]
+
+
 def test_importing_the_file_does_not_import_triton():
     code = f"import sys; import {kernels.__name__}; print('triton' in sys.modules, hasattr(torch.ops.sixteen, 'mlp'))"
     path = str(ROOT)
@@ -162,8 +202,10 @@ def test_reasons(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert kernels.triton_unusable(cuda) == "needs Triton"
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert kernels.triton_unusable(cuda) == "needs triton and a C compiler"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: name)
     assert kernels.triton_unusable(cuda) == "needs compute capability 8.0 or later (this is 7.5)"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert kernels.triton_unusable(cuda) is None

@@ -219,6 +219,18 @@ def test_a_packed_row_is_its_documents_one_by_one(config):
         assert not torch.equal(together[:, 20], after[:, 20])
 
 
+@pytest.mark.parametrize("config", [row for row in CONFIGS if row.id in ("caseops", "values", "grams", "lanes")])
+def test_a_training_step_is_one_graph(config):
+    """No graph breaks: torch's tracer takes loss and gradient of the last phase whole, and they are the eager ones."""
+    model, tokens = case(config)
+    loss, results = make_loss(model, len(model.phases) - 1), []
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager")):
+        found = function(tokens, tokens.roll(-1, 1), document_index(tokens))
+        results.append([found, *torch.autograd.grad(found, list(model.parameters()), allow_unused=True)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True) if a is not None)
+
+
 def test_exclusive_attention_leaves_nothing_along_the_own_value():
     y, v = torch.randn(2, 5, 6, 4), torch.randn(2, 5, 3, 4)
     out = exclude_own(y, v)
@@ -240,7 +252,7 @@ def test_gates_start_at_their_published_factor():
 
 def test_lanes_by_hand():
     """One block with lanes: each branch reads its own lane, and both give to both."""
-    model = make_model(preset_config("caseops", STACK="A2", PARALLEL_START_LAYER=1), shake=0.2)
+    model = make_model(preset_config("caseops", STACK="A2", PARALLEL_START_LAYER=1, XSA_LAST_N=2), shake=0.2)
     block, x, x0 = model.blocks[1], torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     lane, context, sites = torch.randn(2, 5, 32), Context(None, None, None), Sites(*Sites._fields)
     scale = 2 ** -0.5

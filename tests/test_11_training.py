@@ -81,7 +81,7 @@ def checkpoint(step=3):
     model = make_model(small_config())
     weights = {name: p.detach() for name, p in model.named_parameters()}
     state = {"tok_emb": {"first": torch.ones(2)}}
-    return Checkpoint(step, 1.5, False, 2.0, "config", "data", weights, {}, state, {"tok_emb": 1})
+    return Checkpoint(step, 1.5, False, 2.0, "config", "data", weights, {}, state, {"tok_emb": 1}, {"length": 64})
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path):
@@ -156,6 +156,21 @@ def test_two_ranks_equal_one(mini, straight, tmp_path):
     for kind in ("contiguous", "sliding"):
         assert abs(scores[0]["scores"][kind]["val_bpb"] - scores[1]["scores"][kind]["val_bpb"]) <= 1e-9
     assert scores[0]["ledger"] == scores[1]["ledger"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("dtype, near", [("float32", 2e-5), ("bfloat16", 0.03)])
+def test_two_ranks_equal_one_with_every_part(mini, tmp_path, dtype, near):
+    """The record stack with all other parts on as well, over its change of plan and of context."""
+    parts = {"PRESET": "caseops", "VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "BIGRAM_VOCAB_SIZE": 31,
+             "BIGRAM_DIM": 8, "TRIGRAM": 1, "EMBED_DIM": 16, "ASYM_LOGIT_RESCALE": 1, "TRAIN_SEQ_SCHEDULE":
+             "32@0.5,64@1", "WD_TAPER_START_FRAC": 0.5, "WD_TAPER_FINAL_MULT": 0.5, "COMPUTE_DTYPE": dtype}
+    for processes in (1, 2):
+        done = launch(small_words(mini, tmp_path, RUN_ID=f"r{processes}", ITERATIONS=8, STAGES="train",
+                                  SYNC_CHECK_EVERY=2, **parts), processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "r1"), losses(tmp_path / "r2")
+    assert sorted(two) == sorted(one) and max(abs(one[step] - two[step]) for step in one) <= near
 
 
 @pytest.mark.dist
@@ -360,13 +375,31 @@ def test_reserve_is_measured_and_the_strict_clock_leaves_room(mini, tmp_path):
     def clock():
         now[0] += 0.5
         return now[0]
-    run = types.SimpleNamespace(config=config, world=World(), clock=clock, new_model=lambda: make_model(config))
+    run = types.SimpleNamespace(config=config, world=World(), clock=clock, folder=tmp_path,
+                                new_model=lambda: make_model(config))
     reserve, writing = train_gpt.rehearse_squeeze(run, make_model(config))
     # By this clock a rehearsal takes half a second however many rounds it has, all of it fixed.
     assert reserve == pytest.approx(0.5 * train_gpt.RESERVE_MARGIN) and writing == 0
+    assert list(tmp_path.iterdir()) == []
     for changes in ({"SOLVER": "nearest", "ALLOCATE": 0, "RATE_ROUNDING": 0}, {"MAX_WALLCLOCK_SECONDS": 0}):
         run.config = train_gpt.with_settings(config, changes)
         assert train_gpt.rehearse_squeeze(run, make_model(config)) == (0.0, 0.0)
+
+
+def test_the_strict_clock_holds_all_that_its_verdict_counts(mini, tmp_path):
+    """Set-up, warm-up, rehearsals, validation, calibration and writing together end within the budget; the loop is
+    shorter than without it, and a resumed run goes on with what was spent."""
+    words = small_words(mini, tmp_path, MAX_WALLCLOCK_SECONDS=20, ITERATIONS=100000, VAL_LOSS_EVERY=20, STACK="A",
+                        STAGES="train,calibrate,write,reload,evaluate,report", EVAL="contiguous", CHECKPOINT_SECONDS=1)
+    for name, strict in (("loop", 0), ("strict", 1)):
+        assert main([*words, f"RUN_ID={name}", f"STRICT_CLOCK={strict}"], {}) == 0
+    budget = {name: json.loads((tmp_path / name / "result.json").read_text())["budget"] for name in ("loop", "strict")}
+    assert budget["loop"]["train_seconds"] <= 20 and budget["strict"]["strict_ok"] and budget["strict"]["ok"]
+    assert budget["strict"]["strict_train_seconds"] <= 20 < budget["loop"]["strict_train_seconds"]
+    log = (tmp_path / "strict" / "train.log").read_text()
+    assert "; strict clock: " in log and "strict training: compilation, warm-up and writing too" in log
+    held = load_checkpoint(tmp_path / "strict" / "checkpoint.pt")
+    assert held.pace["strict"] > held.seconds > 0 and held.pace["before"] > 0
 
 
 def test_from_with_train_trains_and_squeezes_its_own_weights(mini, straight, tmp_path):

@@ -449,9 +449,11 @@ class _Stripper(ast.NodeTransformer):
         return self.keep_annotations or decorated or constexpr or node.name in self.signatures_read_by_name
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """Makes `x: int = 1` outside a class body a plain assignment; a declaration without value stays."""
+        """Makes `x: int = 1` outside a class body a plain assignment; a declaration without value stays, and so does a
+        `constexpr` of Triton's."""
         node = self.generic_visit(node)
-        if node.value is None or self.keep_annotations or isinstance(self.scopes[-1], ast.ClassDef):
+        kept = self.keep_annotations or isinstance(self.scopes[-1], ast.ClassDef)
+        if node.value is None or kept or "constexpr" in _names_in(node.annotation):
             return node
         return ast.copy_location(ast.Assign([node.target], node.value), node)
 
