@@ -29,7 +29,7 @@ SMALL = {"OVERLAY": "tiny", "VOCAB_SIZE": str(MINI_VOCAB), "MODEL_DIM": "32", "N
          "MICRO_BATCH_TOKENS": "128",
          "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "EVAL_BATCH_TOKENS": "1024", "COMPUTE_DTYPE": "float32",
          "MAX_WALLCLOCK_SECONDS": "0", "COMPILE": "0", "PACK": "0", "TENSORBOARD": "0", "THREADS": "1",
-         "VAL_LOSS_EVERY": "0", "TTT_DOWN_LR": "0"}
+         "VAL_LOSS_EVERY": "0", "TTT_DOWN_LR": "0", "BIGRAM_VOCAB_SIZE": "0"}
 
 
 def synthetic_documents(count: int, seed: int) -> list[str]:

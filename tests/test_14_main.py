@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -94,6 +95,20 @@ def test_squeeze_again_without_training(finished, capsys):
              for name in ("four", "sixteen")]
     assert found[0] < 0.65 * found[1]
     assert not (finished / "four" / "hessians.pt").exists()
+
+
+def test_every_part_goes_from_training_to_test_time_training(mini, tmp_path, capsys):
+    """All parts that no preset has under `tiny` as well, with GPTQ, allocation, fit, LQER and finer columns."""
+    words = small_words(mini, tmp_path, RUN_ID="parts", ITERATIONS=5, STAGES="train,calibrate,write,reload,evaluate",
+                        EVAL="ttt", PRESET="caseops", VE_LAYERS="1,2", VE_DIM=8, VALUE_RESIDUAL=1, BIGRAM_VOCAB_SIZE=31,
+                        BIGRAM_DIM=8, TRIGRAM=1, EMBED_DIM=16, ASYM_LOGIT_RESCALE=1, ATTN_GATE="dense", ALLOCATE=1,
+                        FIT=1, RATE_ROUNDING=1, AWQ_LITE_GROUP_SIZE=8, TARGET_BYTES=110000)
+    run(words, 0, capsys)
+    log = (tmp_path / "parts" / "train.log").read_text()
+    assert "equal to the weights that were written" in log and "scored_once:True" in log
+    assert re.search(r"^bigram\.table +table +int7 +nearest", log, re.M)
+    assert re.search(r"^values\.proj\.weight +matrix +int6(\+lqer)? +gptq", log, re.M)
+    assert re.search(r"^head_proj\.weight +matrix +int6(\+lqer)? +gptq", log, re.M)
 
 
 # -- the squeeze, without training again
