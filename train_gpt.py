@@ -2826,32 +2826,6 @@ class Context(NamedTuple):
     first: Tensor | None
 
 
-class BlockPlan(NamedTuple):
-    """One block with everything resolved: its place, its mixer's letter, heads, key/value heads, feed-forward width;
-    the factor on its normalised inputs; whether it has exclusive attention, value embeddings, residual lanes."""
-    index: int
-    letter: str
-    heads: int
-    kv_heads: int
-    hidden: int
-    scale: float
-    exclusive: bool
-    embedded: bool
-    lanes: bool
-
-
-def plan_blocks(settings: ModelSettings) -> tuple[BlockPlan, ...]:
-    """The blocks of a STACK, with the model's settings and their own overrides resolved."""
-    blocks, _ = parse_stack(settings.stack)
-    named, first_lane = parse_layers(settings.ve_layers), settings.parallel_start_layer or len(blocks)
-    return tuple(BlockPlan(
-        index, block.letter, int(block.overrides.get("heads", settings.num_heads)),
-        int(block.overrides.get("kv", settings.num_kv_heads)),
-        round(block.overrides.get("mlp", settings.mlp_mult) * settings.model_dim),
-        (index + 1) ** -0.5 if settings.ln_scale else 1.0, index >= len(blocks) - settings.xsa_last_n, index in named,
-        index >= first_lane) for index, block in enumerate(blocks))
-
-
 class HeadGate(NamedTuple):
     """A gate on the output of each head: whether it reads all channels or a window of them, how its matrix starts, and
     its factor (..., H) from logits and settings."""
@@ -2866,6 +2840,35 @@ ATTN_GATES: dict[str, HeadGate] = {
     "dense": HeadGate(True, "faint", lambda z, settings: torch.sigmoid(z)),
     "output": HeadGate(False, 0.0, lambda z, settings: 2 * torch.sigmoid(z)),
 }
+
+
+class BlockPlan(NamedTuple):
+    """One block with everything resolved: its place, its mixer's letter, heads, key/value heads, feed-forward width;
+    the factor on its normalised inputs; the gate on its heads; whether it has exclusive attention, value embeddings,
+    residual lanes."""
+    index: int
+    letter: str
+    heads: int
+    kv_heads: int
+    hidden: int
+    scale: float
+    gate: HeadGate | None
+    exclusive: bool
+    embedded: bool
+    lanes: bool
+
+
+def plan_blocks(settings: ModelSettings) -> tuple[BlockPlan, ...]:
+    """The blocks of a STACK, with the model's settings and their own overrides resolved."""
+    blocks, _ = parse_stack(settings.stack)
+    named, first_lane = parse_layers(settings.ve_layers), settings.parallel_start_layer or len(blocks)
+    return tuple(BlockPlan(
+        index, block.letter, int(block.overrides.get("heads", settings.num_heads)),
+        int(block.overrides.get("kv", settings.num_kv_heads)),
+        round(block.overrides.get("mlp", settings.mlp_mult) * settings.model_dim),
+        (index + 1) ** -0.5 if settings.ln_scale else 1.0, ATTN_GATES.get(settings.attn_gate),
+        index >= len(blocks) - settings.xsa_last_n, index in named, index >= first_lane)
+        for index, block in enumerate(blocks))
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -2890,10 +2893,9 @@ class Attention(nn.Module):
         self.v = Linear(width, plan.kv_heads * channels, settings.matrix_init)
         self.o = Linear(plan.heads * channels, width, 0.0)
         self.q_gain = make_parameter((plan.heads,), "gain", settings.qk_gain_init)
-        self.gate = ATTN_GATES[settings.attn_gate] if settings.attn_gate != "none" else None
-        if self.gate is not None:
-            self.attn_gate = make_parameter((plan.heads, width if self.gate.dense else settings.gate_window), "gate",
-                                            self.gate.start)
+        if plan.gate is not None:
+            self.attn_gate = make_parameter((plan.heads, width if plan.gate.dense else settings.gate_window), "gate",
+                                            plan.gate.start)
         # The first block's values are the others' to share; its own share of them would only scale it.
         self.residual = make_parameter((1,), "gate", 0.0) if settings.value_residual and plan.index else None
         self.ve_scale = make_parameter((1,), "gain", 0.1) if plan.embedded else None
@@ -2914,9 +2916,9 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, context.mask)  # (B, T, H, C)
         if self.plan.exclusive:
             y = exclude_own(y, v)
-        if self.gate is not None:
-            read = n if self.gate.dense else n[..., :settings.gate_window]
-            y = y * self.gate.factor(F.linear(read, self.attn_gate.to(n.dtype)), settings)[..., None]
+        if (gate := self.plan.gate) is not None:
+            read = n if gate.dense else n[..., :settings.gate_window]
+            y = y * gate.factor(F.linear(read, self.attn_gate.to(n.dtype)), settings)[..., None]
         return add_delta(self.o(y.flatten(2), sites.o, deltas), n, sites.attn, deltas), v
 
 
@@ -3073,7 +3075,7 @@ def plan_text(settings: ModelSettings) -> str:
                  for step in phase.steps]
         lines.append(f"from {phase.start:.0%}: {len(cells)} visits: {' '.join(cells)}")
     extras = {"exclusive attention": [block.index for block in blocks if block.exclusive],
-              f"{settings.attn_gate} gate": [block.index for block in blocks if settings.attn_gate != "none"],
+              f"{settings.attn_gate} gate": [block.index for block in blocks if block.gate],
               "inputs over sqrt(i + 1)": [block.index for block in blocks if settings.ln_scale],
               "value embeddings": [block.index for block in blocks if block.embedded],
               "value residual": [block.index for block in blocks if settings.value_residual and block.index]}
@@ -3350,8 +3352,7 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
     total += 2 * width * settings.bigram_dim * bool(settings.bigram_vocab_size)
     total += 2 * settings.ve_dim * width * settings.num_kv_heads / settings.num_heads * any(b.embedded for b in blocks)
     for block in (blocks[step.block] for step in phase.steps):
-        gate = 0 if settings.attn_gate == "none" else block.heads * (
-            width if ATTN_GATES[settings.attn_gate].dense else settings.gate_window)
+        gate = block.heads * (width if block.gate.dense else settings.gate_window) if block.gate else 0
         total += 2 * (2 * width * width + 2 * width * width * block.kv_heads / block.heads + 2 * width * block.hidden
                       + gate) + 4 * width * length / 2
     return round(total)

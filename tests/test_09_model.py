@@ -246,7 +246,7 @@ def test_gates_start_at_their_published_factor():
     for kind, factor, slack in (("sparse", 0.5, 0), ("output", 1.0, 0), ("dense", 0.5, 0.02)):
         gates = make_model(preset_config("baseline", ATTN_GATE=kind)).blocks[0].mixer
         read = torch.randn(3, 32 if kind == "dense" else 12)
-        found = gates.gate.factor(F.linear(read, gates.attn_gate), gates.settings)
+        found = gates.plan.gate.factor(F.linear(read, gates.attn_gate), gates.settings)
         assert found.shape == (3, 2) and (found - factor).abs().max() <= slack
 
 
