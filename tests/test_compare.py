@@ -332,7 +332,7 @@ def test_parts_are_sorted_by_their_difference_to_the_base(tmp_path):
 
 def test_all_rows_of_the_table_can_be_run(tmp_path):
     played = Played(tmp_path, lambda name, kind: 2.0)
-    (_, _, table), said = played.parts(BASE=gpt.SETTINGS["PRESET"][1].default, SEEDS=[1])
+    (_, _, table), said = played.parts(BASE=gpt.SETTINGS["PRESET"][1].default, SEEDS=[1], MINUTES=600.0)
     assert not said and {row["row"] for row in table.json()["rows"]} == {"base", *compare.ROWS}
     assert bench.COMMANDS["parts"].options["ROWS"].default == []
     assert all(name.replace("-", "").isalnum() for name in compare.ROWS)

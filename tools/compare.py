@@ -50,7 +50,7 @@ ROWS: dict[str, list[str]] = {
     "no-bigram": ["BIGRAM_VOCAB_SIZE=0"],
     "trigram": ["TRIGRAM=1"],
     "full-context": ["TRAIN_SEQ_SCHEDULE="],
-    "q-gain-5.25": ["QK_GAIN_INIT=5.25"],
+    "q-gain-5": ["QK_GAIN_INIT=5.25"],
     "exclusive": ["XSA_LAST_N=4"],
     "sparse-gate": ["ATTN_GATE=sparse", "SPARSE_ATTN_GATE_SCALE=0.5"],
     "dense-gate": ["ATTN_GATE=dense"],
