@@ -468,7 +468,8 @@ def test_a_global_update_leaves_the_model_that_was_passed_alone():
     found = score("ttt", guest, val, config, World(), lambda: 0.0)
     assert weights_digest(dict(model.named_parameters())) == before and guest.model is not model
     rows = [row.sum() for row in by_document([text] * 8, found.by_target)]
-    assert rows[0] == rows[1] > rows[2] == rows[3] > rows[4] == rows[5] > rows[6] == rows[7]
+    # Of a phase's two equal documents, side by side in a batch, the nats may differ by rounding.
+    assert rows[::2] == pytest.approx(rows[1::2], rel=1e-6) and rows[0] > rows[2] > rows[4] > rows[6]
     assert rows[7] < 0.8 * rows[0]
     assert found.ledger["updates"] == 3
 
