@@ -6989,7 +6989,7 @@ def collect(run: Run, model: GPT, rows: Batches, count: int) -> tuple[Calibratio
     return found, buffer.getvalue()
 
 
-RESERVE_MARGIN = 1.2  # on the rehearsed seconds: the machine may be slower when they are needed
+RESERVE_MARGIN = 1.6  # on the rehearsed seconds: a shared machine may be slower when they are needed
 
 
 def rehearse_squeeze(run: Run, model: GPT) -> tuple[float, float]:
