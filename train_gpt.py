@@ -181,6 +181,33 @@ class ModelSettings:
     ngram_head: bool = setting(False, "a head that weighs the model against n-grams, for NGRAM_GATE=head")
     matrix_init: str = setting("uniform", "start of matrices that do not end a branch (those start at zero)",
                                choices=("uniform", "orthogonal"))
+    smear_channels: bool = setting(False, "channels of an embedding take a learned share of the one before, within "
+                                   "documents")
+    expand_k: float = setting(1.0, "key channels of a recurrent mixer's heads over MODEL_DIM", low=0.0, high=16.0)
+    expand_v: float = setting(1.0, "the same for its values", low=0.0, high=16.0)
+    conv_size: int = setting(4, "width of the causal convolutions on its queries, keys and values; 0 is none",
+                             unit="tokens", low=0, high=64)
+    mixer_gate: bool = setting(True, "a gate on its output, a matrix of its own")
+    mixer_chunk: int = setting(64, "tokens that its recurrence takes at once; a deep memory learns from so many "
+                               "together", unit="tokens", low=1, high=1024)
+    allow_neg_eigval: bool = setting(False, "delta rules may write with strength up to 2, which turns a state around")
+    efla: bool = setting(False, "delta rules take the exact step for keys of any length, instead of unit keys")
+    titans_depth: int = setting(1, "matrices of a Titans memory: 1 is linear and exact, 2 has a hidden layer", low=1,
+                                high=2)
+    titans_context: bool = setting(False, "what the memory recalls is context for an attention, instead of the output")
+    persistent_slots: int = setting(0, "learned keys and values that this attention always sees", low=0, high=4096)
+    loop_skips: bool = setting(True, "visits inside ( ) groups take part in UNET_SKIPS")
+    loop_instructions: str = setting("none", "what is added before each pass of a ( ) group: a vector (position), or a "
+                                     "low-rank product of the stream, at the first pass (static) or at each (flow)",
+                                     choices=("none", "position", "static", "flow"))
+    inst_dim: int = setting(32, "rank of that product", unit="channels", low=1)
+    crawler_loop_rope_scales: tuple[float, ...] = setting((), "rotary frequencies are divided by this, one for each "
+                                                          "pass of a ( ) group, the last one for all that follow",
+                                                          low=0.001)
+    crawler_tap_dim: int = setting(0, "rank in which every pass of a ( ) group reads the blocks before it; 0 is off",
+                                   unit="channels", low=0)
+    anchor_dim: int = setting(0, "channels a position that passes of a ( ) group write and later passes read; 0 is off",
+                              unit="channels", low=0)
 
 
 @group
@@ -234,6 +261,10 @@ class TrainSettings:
                                   low=0)
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0 writes the last one only",
                                         unit="seconds", low=0.0)
+    crawler_cadence_early: int = setting(1, "of so many steps one visits ( ) groups in all their passes and the others "
+                                         "once, while the rate is above half of the full one; 0: all visit once", low=0)
+    crawler_cadence_main: int = setting(1, "the same while the rate is above a fifth", low=0)
+    crawler_cadence_late: int = setting(1, "the same below", low=0)
     complement_alpha: float = setting(0.0, "the loss of a target falls with the share that earlier training pairs gave "
                                       "it, down to a tenth; 0 is off", low=0.0, high=1.0)
     sync_check_every: int = setting(500, "steps between checks that all ranks hold the same weights", unit="steps",
@@ -271,10 +302,14 @@ class ArtifactSettings:
     gptq_calibration_text: str = setting("train", "training rows, or text that the model samples itself",
                                          choices=("train", "self"))
     gptq_sequential: bool = setting(False, "calibrate each block on predecessors that are quantized already")
+    loop_aware_gptq: bool = setting(False, "calibrate ( ) groups on what the other blocks make when they are quantized")
     gptq_damping: float = setting(0.01, "share of the mean diagonal that is added to it", low=1e-8, high=1.0)
     gptq_block: int = setting(128, "columns between two updates of the rest", unit="columns", low=1)
     qat_start: float = setting(1.0, "from this fraction of training on the loss is taken at the weights as they will "
                                "be stored; 1 is never", low=0.0, high=1.0)
+    qat_kind: str = setting("stored", "these weights, or the weights with uniform noise of one step of their grid",
+                            choices=("stored", "noise"))
+    qat_parts: str = setting("all", "which parameters QAT_START concerns", choices=("all", "loops"))
     allocate: bool = setting(False, "divide the bits over tensors by what their errors cost the loss")
     rate_rounding: float = setting(0.0, "gptq rounds towards zero where the bits saved are worth the error: 1 is the "
                                    "exchange rate of the grid itself", low=0.0, high=100.0)
@@ -537,7 +572,8 @@ def parse_value(name: str, value: Any) -> Any:
             raise fail("must be numbers with commas between them") from None
         low, high = (-math.inf if meta["low"] is None else meta["low"]), (
             math.inf if meta["high"] is None else meta["high"])
-        if not numbers or not all(math.isfinite(number) and low <= number <= high for number in numbers):
+        if not numbers and field.default or not all(math.isfinite(number) and low <= number <= high
+                                                    for number in numbers):
             raise fail(f"must be one number or more from {low:g} to {high:g}")
         return numbers
     for part in parts:
@@ -617,9 +653,35 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.model.asym_logit_rescale or c.model.logit_softcap,
      "ASYM_LOGIT_RESCALE=1: needs LOGIT_SOFTCAP, where both bounds start"),
     (lambda c: not (c.model.value_residual or c.model.ve_layers) or all(
-        {"heads", "kv"}.isdisjoint(block.overrides) for block in parse_stack(c.model.stack)[0]),
-     "VALUE_RESIDUAL={model.value_residual}, VE_LAYERS={model.ve_layers}: all blocks need the same heads, "
-     "STACK={model.stack} changes some"),
+        block.letter == "A" and {"num_heads", "num_kv_heads"}.isdisjoint(block.overrides)
+        for block in parse_stack(c.model.stack)[0]),
+     "VALUE_RESIDUAL={model.value_residual}, VE_LAYERS={model.ve_layers}: all blocks must be attention with the same "
+     "heads, STACK={model.stack} has others"),
+    (lambda c: not c.model.persistent_slots or c.model.titans_context,
+     "PERSISTENT_SLOTS={model.persistent_slots}: needs TITANS_CONTEXT=1, the attention that sees them"),
+    (lambda c: not c.model.titans_context or c.model.expand_k == c.model.expand_v == 1 and all(
+        {"expand_k", "expand_v"}.isdisjoint(block.overrides) for block in parse_stack(c.model.stack)[0]
+        if block.letter == "T"),
+     "TITANS_CONTEXT=1: memory and attention share keys and values, so EXPAND_K={model.expand_k} and "
+     "EXPAND_V={model.expand_v} must be 1"),
+    (lambda c: not c.model.efla or not c.model.allow_neg_eigval,
+     "EFLA=1: its exact step never exceeds 1, ALLOW_NEG_EIGVAL={model.allow_neg_eigval} would double it"),
+    (lambda c: repeats(c.model.stack) or not (c.model.loop_instructions != "none" or c.model.crawler_tap_dim or
+                                              c.model.anchor_dim or c.model.crawler_loop_rope_scales),
+     "LOOP_INSTRUCTIONS={model.loop_instructions}, CRAWLER_TAP_DIM={model.crawler_tap_dim}, ANCHOR_DIM="
+     "{model.anchor_dim}, CRAWLER_LOOP_ROPE_SCALES: STACK={model.stack} has no ( ) group with several passes"),
+    (lambda c: not c.model.crawler_tap_dim or 0 not in parse_stack(c.model.stack)[1][0].blocks or
+     parse_stack(c.model.stack)[1][0].passes[-1][1] == 1,
+     "CRAWLER_TAP_DIM={model.crawler_tap_dim}: nothing stands before the first ( ) group of STACK={model.stack}"),
+    (lambda c: cadences(c.train) == {1} or repeats(c.model.stack) and not (
+        c.model.unet_skips and c.model.loop_skips),
+     "CRAWLER_CADENCE_EARLY={train.crawler_cadence_early}, _MAIN, _LATE: need a ( ) group in STACK={model.stack}, and "
+     "LOOP_SKIPS=0 or UNET_SKIPS=0, whose skips are the same with one pass"),
+    (lambda c: not c.artifact.loop_aware_gptq or repeats(c.model.stack) and c.artifact.solver == "gptq" and
+     not c.artifact.gptq_sequential,
+     "LOOP_AWARE_GPTQ=1: needs SOLVER=gptq without GPTQ_SEQUENTIAL, and a ( ) group in STACK={model.stack}"),
+    (lambda c: c.artifact.qat_parts == "all" or repeats(c.model.stack),
+     "QAT_PARTS=loops: STACK={model.stack} has no ( ) group with several passes"),
     (lambda c: c.train.train_batch_tokens % c.train.micro_batch_tokens == 0,
      "TRAIN_BATCH_TOKENS={train.train_batch_tokens}: must be a multiple of "
      "MICRO_BATCH_TOKENS={train.micro_batch_tokens}"),
@@ -704,8 +766,14 @@ class Block(NamedTuple):
     overrides: dict[str, float]
 
 
-OVERRIDES = {"mlp": "feed-forward width over MODEL_DIM, 0 for none", "heads": "query heads", "kv": "key/value heads"}
-MIXER_LETTERS = ("A",)
+# What {key=value} behind a letter changes: the model's setting, and whether it is a whole number, and at least what.
+OVERRIDES: dict[str, tuple[str, bool, int]] = {
+    "mlp": ("mlp_mult", False, 0), "heads": ("num_heads", True, 1), "kv": ("num_kv_heads", True, 1),
+    "key": ("expand_k", False, 0), "value": ("expand_v", False, 0), "conv": ("conv_size", True, 0),
+    "gate": ("mixer_gate", True, 0), "xsa": ("xsa_last_n", True, 0)}
+# Letter -> the operation of KERNELS that mixes positions. A attention, D delta rule, G gated delta rule, X mLSTM,
+# T Titans memory (of depth 1; "deep" stands for 2).
+MIXER_KERNELS = {"A": "attention", "D": "delta", "G": "delta", "X": "mlstm", "T": "titans"}
 MAX_BLOCKS, MAX_VISITS, MAX_PHASES = 512, 4096, 8
 _STACK_TOKEN = re.compile(r"\s*(?:(?P<letter>[A-Za-z])(?:\{(?P<over>[^}]*)\})?(?P<count>\d*)"
                           r"|(?P<open>[\[(])|(?P<close>[\])])(?P<tail>[0-9.*@]*))")
@@ -731,16 +799,17 @@ def _parse_passes(stack: str, tail: str, at: int) -> tuple[tuple[float, int], ..
 
 def _parse_block(stack: str, letter: str, over: str | None, at: int) -> Block:
     """One block from its letter and the text between its braces."""
-    if letter not in MIXER_LETTERS:
-        raise _stack_fault(stack, at, f"{letter} is not a mixer; known: {', '.join(MIXER_LETTERS)}")
+    if letter not in MIXER_KERNELS:
+        raise _stack_fault(stack, at, f"{letter} is not a mixer; known: {', '.join(MIXER_KERNELS)}")
     overrides = {}
     for part in filter(None, (over or "").split(",")):
         key, _, value = part.partition("=")
         if key.strip() not in OVERRIDES or not re.fullmatch(r"\d+(\.\d+)?", value.strip()):
             raise _stack_fault(stack, at, f"{{{part}}}: write {{key=number}} with a key of {', '.join(OVERRIDES)}")
-        overrides[key.strip()] = float(value)
-        if key.strip() != "mlp" and (float(value) < 1 or float(value) != int(float(value))):
-            raise _stack_fault(stack, at, f"{{{part}}}: must be a whole number of heads, at least 1")
+        name, whole, least = OVERRIDES[key.strip()]
+        overrides[name] = float(value)
+        if whole and (float(value) < least or float(value) != int(float(value))):
+            raise _stack_fault(stack, at, f"{{{part}}}: must be a whole number, at least {least}")
     return Block(letter, overrides)
 
 
@@ -798,12 +867,38 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
     return tuple(blocks), tuple(visits)
 
 
+def repeats(stack: str) -> bool:
+    """Whether a STACK has a ( ) group with several passes."""
+    return any(item.passes[-1][1] > 1 for item in parse_stack(stack)[1])
+
+
+def cadences(settings: TrainSettings) -> set[int]:
+    """The cadences of training; {1} is all passes in every step."""
+    return {settings.crawler_cadence_early, settings.crawler_cadence_main, settings.crawler_cadence_late}
+
+
+def own_settings(settings: ModelSettings, block: Block) -> ModelSettings:
+    """The model's settings with a block's own in their places."""
+    return dataclasses.replace(settings, **{name: SETTINGS[name.upper()][1].type(value)
+                                            for name, value in block.overrides.items()})
+
+
 def check_heads(settings: ModelSettings) -> None:
-    """ConfigError unless every block's heads fit the width, in even parts that hold the rotary channels."""
+    """ConfigError unless every block's heads fit the width: attention's in even parts that hold the rotary channels,
+    those of recurrent mixers with whole numbers of channels."""
     for block in parse_stack(settings.stack)[0]:
-        heads, kv = (int(block.overrides.get(key, getattr(settings, name)))
-                     for key, name in (("heads", "num_heads"), ("kv", "num_kv_heads")))
+        own = own_settings(settings, block)
+        heads, kv = own.num_heads, own.num_kv_heads
         channels, rest = divmod(settings.model_dim, heads)
+        if block.letter != "A":
+            wide = [settings.model_dim * share / heads for share in (own.expand_k, own.expand_v)]
+            if rest or any(size < 1 or size != int(size) for size in wide):
+                raise ConfigError(f"STACK={settings.stack}: {block.letter} with heads={heads}: must divide "
+                                  f"MODEL_DIM={settings.model_dim}, and its parts times EXPAND_K and EXPAND_V must be "
+                                  "whole numbers of channels")
+            if not (block.letter == "T" and settings.titans_context):
+                continue
+            kv = heads
         if rest or channels % 2 or heads % kv or settings.rope_dims % 2 or settings.rope_dims > channels:
             raise ConfigError(f"STACK={settings.stack}: heads={heads} kv={kv}: heads must divide "
                               f"MODEL_DIM={settings.model_dim} into even parts of at least "
@@ -865,6 +960,29 @@ PRESETS: dict[str, Preset] = {
                   "TTT_SHORT_SCORE_FIRST_STEPS": "", "TTT_DOWN_LR": 0.0, "PHASED_TTT_PREFIX_DOCS": 20}},
         35_945_671, ((1024, "one skip less: two positions of the loop bring block 4 to block 5, and share its weights"),
                      (48, "lane scalars of the 8 blocks without lanes, which nothing trained"))),
+    "clowncar": Preset(
+        "the crawler: one shared block in four passes between flat pairs, told apart by flow instructions; mended: the "
+        "instructions are trained, documents are isolated, true GPTQ on Hessians over all passes and of the weights "
+        "that are exported; the delta memory, which must begin anew in every pass, is D{mlp=0,heads=4,gate=0} in the "
+        "group",
+        "PR 990 of the challenge: 1.1813 BPB at 9.1 MB",
+        {"STACK": "A2 (A{mlp=4,xsa=1})*4 A2", "MLP_MULT": 3.0, "ROPE_DIMS": 16,
+         "ROPE_BASE": 22082.0, "NORM_EPS": 1.1920929e-07, "MATRIX_INIT": "orthogonal", "LN_SCALE": True,
+         "BIGRAM_VOCAB_SIZE": 2048, "BIGRAM_DIM": 128, "SMEAR_CHANNELS": True, "LOOP_SKIPS": False,
+         "LOOP_INSTRUCTIONS": "flow",
+         "MATRIX_LR": 0.03, "TIED_EMBED_LR": 0.035, "SCALAR_LR": 0.025, "MUON_MOMENTUM": 0.99,
+         "MUON_MOMENTUM_WARMUP_START": 0.92, "MUON_MOMENTUM_WARMUP_STEPS": 1500, "MUON_WD": 0.04, "EMBED_WD": 0.04,
+         "GRAD_CLIP_NORM": 0.3, "WARMDOWN_ITERS": 2000, "EMA_DECAY": 0.997,
+         "TRAIN_BATCH_TOKENS": 786432, "MICRO_BATCH_TOKENS": 98304, "TRAIN_SEQ_LEN": 2048, "VAL_LOSS_EVERY": 4000,
+         "MATRIX_BITS": 6, "POLICY": "blocks.2.*.weight: int8", "SOLVER": "gptq", "LOOP_AWARE_GPTQ": True,
+         "CODEC": "context,brotli", "EVAL_SEQ_LEN": 2048,
+         "EVAL_BATCH_TOKENS": 262144},
+        {"tiny": {"STACK": "A (A{mlp=4,xsa=1})*4 A", "POLICY": "blocks.1.*.weight: int8",
+                  "ROPE_BASE": 10000.0, "TIED_EMBED_INIT_STD": 0.02, "BIGRAM_DIM": 64,
+                  "MUON_MOMENTUM_WARMUP_STEPS": 100, "MUON_MOMENTUM_WARMUP_START": 0.85, "MUON_MOMENTUM": 0.95,
+                  "MUON_WD": 0.0, "EMBED_WD": 0.0, "EMA_DECAY": 0.0, "GRAD_CLIP_NORM": 1.0, "WARMDOWN_ITERS": 0,
+                  "WARMDOWN_FRAC": 0.85}},
+        13_430_316, ((163_843, "value embedding that no block read"),)),
     "sixteen": Preset(
         "our own best stack: the record stack with steps allocated by cost and fitted to the cap, and with strict "
         "test-time training; in a CPU's minutes hashed pairs of tokens in place of what pays later",
@@ -1915,7 +2033,7 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype, settings: ModelSettin
     major, minor = torch.cuda.get_device_capability(device)
     if major not in majors:
         return f"needs compute capability {majors[0]}.0 to {majors[-1]}.x (this is {major}.{minor})"
-    heads = {int(block.overrides.get("heads", settings.num_heads)) for block in parse_stack(settings.stack)[0]}
+    heads = {own_settings(settings, block).num_heads for block in parse_stack(settings.stack)[0] if block.letter == "A"}
     if odd := [settings.model_dim // count for count in heads if settings.model_dim // count % 8 or (
             settings.model_dim // count > 256)]:
         return f"needs heads of at most 256 channels, a multiple of 8 (here {odd[0]})"
@@ -1923,6 +2041,15 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype, settings: ModelSettin
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
     except ModuleNotFoundError:
         return f"{package} is not in this torch"
+
+
+def _lacks_fla(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-linear-attention is not usable."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, not {str(dtype)[6:]}"
+    return None if importlib.util.find_spec("fla") else "flash-linear-attention is not installed"
 
 
 def bend(logits: Tensor, softcap: float | Tensor) -> Tensor:
@@ -2208,6 +2335,396 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return torch.ops.sixteen.mlp(x.reshape(-1, x.shape[-1]), up, down, slope)[0].view(*x.shape[:-1], -1)
 
 
+# -- recurrences: a state a head, reset at every document. Gates, sums of logarithms, solves and states in fp32 or more.
+# The token loop is the definition; the chunked form cuts rows into chunks of C tokens, N a row, does what stays within
+# a chunk for all of them at once, and walks only from chunk to chunk. Every one takes its inputs, `where` (documents
+# (B, T), spans, or None for one document a row), a state to go on from (None: zeros) and C, and returns (B, T, H, V)
+# and the state at the end.
+
+
+class Chunks(NamedTuple):
+    """Who belongs together in rows cut into chunks: `same` (B or 1, 1, N, C, C), a position (row) and an earlier or the
+    own one (column) of its document; `enters` (B or 1, 1, N, C), positions of the document that the chunk before ended
+    with."""
+    same: Tensor
+    enters: Tensor
+
+
+def _numbers(where: "Tensor | Spans | None", shape: torch.Size) -> Tensor | None:
+    """Documents (B, T) as numbers, or None."""
+    return where.docs(shape) if isinstance(where, Spans) else where
+
+
+def cut_chunks(x: Tensor, size: int) -> Tensor:
+    """(B, T, H, ...) as (B, H, N, C, ...), with zeros behind the last token."""
+    x = F.pad(x, (*([0, 0] * (x.ndim - 2)), 0, -x.shape[1] % size))
+    return x.unflatten(1, (-1, size)).movedim(3, 1)
+
+
+def join_chunks(x: Tensor, length: int) -> Tensor:
+    """(B, H, N, C, V) as (B, T, H, V)."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :length]
+
+
+def ends(x: Tensor, length: int) -> Tensor:
+    """x (B, H, N, C, ...) at the last token of each chunk, (B, H, N, ...): behind the end of the row nothing counts."""
+    return torch.cat([x[:, :, :-1, -1], x[:, :, -1:, (length - 1) % x.shape[3]]], 2)
+
+
+def make_chunks(where: "Tensor | Spans | None", like: Tensor, size: int) -> Chunks:
+    """The chunks of rows shaped as `like` (B, T, ...)."""
+    docs = _numbers(where, like.shape[:2])
+    causal = torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
+    if docs is None:
+        count = -(-like.shape[1] // size)
+        return Chunks(causal.expand(1, 1, count, size, size), causal[-1].expand(1, 1, count, size))
+    docs = torch.cat([docs, docs[:, -1:].expand(-1, -docs.shape[1] % size)], 1).unflatten(1, (-1, size))  # (B, N, C)
+    before = torch.cat([docs[:, :1, 0], docs[:, :-1, -1]], 1)
+    return Chunks(((docs[..., :, None] == docs[..., None, :]) & causal)[:, None], (docs == before[..., None])[:, None])
+
+
+def sums(x: Tensor, chunks: Chunks) -> Tensor:
+    """Sums of x (B, H, N, C) from the beginning of the chunk, or of the document in it, to each position."""
+    return (chunks.same.to(x.dtype) @ x[..., None])[..., 0]
+
+
+def decays(total: Tensor, same: Tensor) -> Tensor:
+    """exp(c_i - c_j) where `same`, else 0, from sums of logarithms c (..., C). Masked before exp, whose gradient would
+    else be infinity times 0."""
+    return (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()
+
+
+def entering(total: Tensor, chunks: Chunks) -> Tensor:
+    """exp(c_i) (B, H, N, C): what is left at each position of the state that enters the chunk."""
+    return total.masked_fill(~chunks.enters, -math.inf).exp()
+
+
+def _begins(where: "Tensor | Spans | None", like: Tensor) -> list[Tensor]:
+    """For each position of the token loop, whether its document goes on, (B or 1, 1, 1, 1)."""
+    docs = _numbers(where, like.shape[:2])
+    if docs is None:
+        return [torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device)] * like.shape[1]
+    goes_on = torch.cat([torch.ones_like(docs[:, :1], dtype=torch.bool), docs[:, 1:] == docs[:, :-1]], 1)
+    return list(goes_on[..., None, None, None].unbind(1))
+
+
+def delta_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
+                    where: "Tensor | Spans | None" = None, state: Tensor | None = None, size: int = 0
+                    ) -> tuple[Tensor, Tensor]:
+    """The delta rule with decay: S <- e^g S + beta k (v - e^g S^T k)^T, read after the write by q / sqrt(K). q, k
+    (B, T, H, K), v (B, T, H, V); beta (B, T, H); decay g (B, T, H) at most 0, None is 0; state (B, H, K, V). Sources:
+    Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, and Gated Delta Networks."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, beta = (x.to(wide) for x in (q / math.sqrt(q.shape[-1]), k, v, beta))
+    state = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]) if state is None else state
+    out = []
+    for t, goes_on in enumerate(_begins(where, q)):
+        state = state * goes_on
+        if decay is not None:
+            state = decay[:, t, :, None, None].to(wide).exp() * state
+        wrong = v[:, t] - (state * k[:, t, ..., None]).sum(-2)  # (B, H, V)
+        state = state + (beta[:, t, :, None] * k[:, t])[..., None] * wrong[..., None, :]
+        out.append((state * q[:, t, ..., None]).sum(-2))
+    return torch.stack(out, 1), state
+
+
+def delta_chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
+                  where: "Tensor | Spans | None" = None, state: Tensor | None = None, size: int = 64
+                  ) -> tuple[Tensor, Tensor]:
+    """The same by chunks: what all writes of a chunk correct in each other is one triangular solve."""
+    chunks, length, wide = make_chunks(where, q, size), q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    q, k, v, beta = (cut_chunks(x.to(wide), size) for x in (q / math.sqrt(q.shape[-1]), k, v, beta))
+    if decay is None:
+        among, enter = chunks.same.to(wide), chunks.enters.to(wide)
+    else:
+        total = sums(cut_chunks(decay.to(wide), size), chunks)
+        among, enter = decays(total, chunks.same), entering(total, chunks)
+    right = beta[..., None] * torch.cat([v, enter[..., None] * k], -1)
+    solved = torch.linalg.solve_triangular(beta[..., None] * (k @ k.mT) * among, right, upper=False, unitriangular=True)
+    ours, theirs = solved.split([v.shape[-1], k.shape[-1]], -1)
+    into = (ends(among, length)[..., None] * k).mT
+    stay = ends(enter, length)[..., None, None].expand(*k.shape[:3], 1, 1)
+    state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
+    states, written = [], []
+    for n in range(k.shape[2]):
+        states.append(state)
+        written.append(ours[:, :, n] - theirs[:, :, n] @ state)
+        state = stay[:, :, n] * state + into[:, :, n] @ written[-1]
+    out = (enter[..., None] * q) @ torch.stack(states, 2) + ((q @ k.mT) * among) @ torch.stack(written, 2)
+    return join_chunks(out, length), state
+
+
+@functools.cache
+def make_delta_fla() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same through flash-linear-attention, for packed rows and rows of one document; rows with several, and a state
+    to go on from, take the chunked form. An operation that is opaque to the compiler; its backward makes the
+    forward again."""
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    def call(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, starts: Tensor | None
+             ) -> tuple[Tensor, Tensor]:
+        # Nothing is cast here: inside an operation only the library's own function is differentiated.
+        rule = chunk_delta_rule if decay is None else functools.partial(chunk_gated_delta_rule, g=decay)
+        return rule(q, k, v, beta=beta, scale=q.shape[-1] ** -0.5, output_final_state=True,
+                    cu_seqlens=None if starts is None else starts.long())
+
+    @torch.library.custom_op("sixteen::delta_fla", mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, starts: Tensor | None
+                ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            out, state = call(q, k, v, beta, decay, starts)
+        return out.contiguous(), state[-1:].float() if starts is not None else state.float()
+
+    @forward.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, starts: Tensor | None
+          ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(v), v.new_empty(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+
+    @torch.library.custom_op("sixteen::delta_fla_backward", mutates_args=())
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
+                 starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v, beta, decay) if x is not None]
+            out, _ = call(*inputs[:4], inputs[4] if decay is not None else None, starts)
+            found = torch.autograd.grad(out, inputs, grad.to(out.dtype))
+        return (*(x.contiguous() for x in found), *([] if decay is not None else [beta.new_empty(0)]))
+
+    @backward.register_fake
+    def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, starts: Tensor | None
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (*(torch.empty_like(x) for x in (q, k, v, beta)),
+                beta.new_empty(0) if decay is None else torch.empty_like(decay))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.gated, ctx.packed = inputs[4] is not None, inputs[5] is not None
+        ctx.save_for_backward(*(x for x in inputs if x is not None))
+
+    def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        held = list(ctx.saved_tensors)
+        starts = held.pop() if ctx.packed else None
+        found = backward(grad, *held[:4], held[4] if ctx.gated else None, starts)
+        return (*found[:4], found[4] if ctx.gated else None, None)
+
+    forward.register_autograd(differentiate, setup_context=setup)
+
+    def delta_fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
+                  where: "Tensor | Spans | None" = None, state: Tensor | None = None, size: int = 64
+                  ) -> tuple[Tensor, Tensor]:
+        if isinstance(where, Tensor) or state is not None:
+            return delta_chunked(q, k, v, beta, decay, where, state, size)
+        half = v.dtype if v.dtype != torch.float32 else torch.bfloat16
+        return forward(q.to(half), k.to(half), v.to(half), beta.to(half), None if decay is None else decay.float(),
+                       None if where is None else where.starts)
+
+    return delta_fla
+
+
+def mlstm_reference(q: Tensor, k: Tensor, v: Tensor, enter: Tensor, forget: Tensor,
+                    where: "Tensor | Spans | None" = None, state: tuple[Tensor, Tensor] | None = None, size: int = 0
+                    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """mLSTM with raw gates i, f (B, T, H): C <- sigmoid(f) C + e^i k (v, 1)^T, read as q^T C / max(|n^T q|, 1), n being
+    the column of the 1, q / sqrt(K); all divided by e^m, m the running maximum of the gates' logarithms, on which the
+    result does not depend. State: (C (B, H, K, V + 1), m (B, H)). Source: Beck et al. 2024, xLSTM."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, enter, forget = (x.to(wide) for x in (q / math.sqrt(q.shape[-1]), k, v, enter, forget))
+    kept, values = F.logsigmoid(forget), torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    total, top = state or (q.new_zeros(*k.shape[:1], *k.shape[2:], values.shape[-1]),
+                           q.new_full((k.shape[0], k.shape[2]), MLSTM_NOTHING))
+    out = []
+    for t, goes_on in enumerate(_begins(where, q)):
+        total, top = total * goes_on, torch.where(goes_on[..., 0, 0], top, MLSTM_NOTHING)
+        before, top = top, torch.maximum(kept[:, t] + top, enter[:, t]).detach()
+        total = (kept[:, t] + before - top).exp()[..., None, None] * total + (
+            (enter[:, t] - top).exp()[..., None] * k[:, t])[..., None] * values[:, t, :, None]
+        read = (total * q[:, t, ..., None]).sum(-2)  # (B, H, V + 1)
+        out.append(read[..., :-1] / torch.maximum(read[..., -1].abs(), (-top).exp())[..., None])
+    return torch.stack(out, 1), (total, top)
+
+
+MLSTM_NOTHING = -1e30  # logarithm of the scale of a state that holds nothing
+
+
+def mlstm_chunked(q: Tensor, k: Tensor, v: Tensor, enter: Tensor, forget: Tensor,
+                  where: "Tensor | Spans | None" = None, state: tuple[Tensor, Tensor] | None = None, size: int = 64
+                  ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The same by chunks; a chunk's positions are scaled by their own maximum, its state by that at its end."""
+    chunks, length, wide = make_chunks(where, q, size), q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    q, k, v, enter, kept = (cut_chunks(x.to(wide), size) for x in (
+        q / math.sqrt(q.shape[-1]), k, v, enter, F.logsigmoid(forget.to(wide))))
+    values, total = torch.cat([v, torch.ones_like(v[..., :1])], -1), sums(kept, chunks)
+    among = (total[..., :, None] - total[..., None, :] + enter[..., None, :]).masked_fill(~chunks.same, -math.inf)
+    entered = total.masked_fill(~chunks.enters, -math.inf)
+    last, left = ends(among, length), ends(entered, length)  # (B, H, N, C), (B, H, N)
+    held, top = state or (k.new_zeros(*k.shape[:2], k.shape[-1], values.shape[-1]),
+                          k.new_full(k.shape[:2], MLSTM_NOTHING))
+    with torch.no_grad():
+        tops = [top]
+        for n in range(k.shape[2]):
+            tops.append(torch.maximum(left[:, :, n] + tops[-1], last[:, :, n].amax(-1)))
+        tops = torch.stack(tops, 2)
+        own = torch.maximum(entered + tops[..., :-1, None], among.amax(-1))  # (B, H, N, C)
+    stay = (left + tops[..., :-1] - tops[..., 1:]).exp()[..., None, None]
+    into = (k * (last - tops[..., 1:, None]).exp()[..., None]).mT @ values
+    states = []
+    for n in range(k.shape[2]):
+        states.append(held)
+        held = stay[:, :, n] * held + into[:, :, n]
+    read = (q * (entered + tops[..., :-1, None] - own).exp()[..., None]) @ torch.stack(states, 2) + (
+        (q @ k.mT) * (among - own[..., None]).exp()) @ values
+    out = read[..., :-1] / torch.maximum(read[..., -1].abs(), (-own).exp())[..., None]
+    return join_chunks(out, length), (held, tops[..., -1])
+
+
+LEAST_SHARE = 1e-6  # of what is kept and of the momentum, whose logarithms are taken
+
+
+def titans_reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tensor, rate: Tensor,
+                     where: "Tensor | Spans | None" = None, state: tuple[Tensor, Tensor] | None = None, size: int = 0
+                     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A linear Titans memory M, learning k -> v at every token by gradient descent on half the squared error with
+    momentum and forgetting: S <- momentum S + rate k (v - M^T k)^T, M <- keep M + S, read as M^T q. Gates (B, T, H) in
+    [0, 1]; q, k (B, T, H, K), v (B, T, H, V); state (M, S), each (B, H, K, V). Source: Behrouz et al. 2024, Titans."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, keep, momentum, rate = (x.to(wide) for x in (q, k, v, keep, momentum, rate))
+    keep, momentum = (x.clamp_min(LEAST_SHARE)[..., None, None] for x in (keep, momentum))
+    zeros = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
+    memory, speed = state or (zeros, zeros)
+    out = []
+    for t, goes_on in enumerate(_begins(where, q)):
+        memory, speed = memory * goes_on, speed * goes_on
+        wrong = v[:, t] - (memory * k[:, t, ..., None]).sum(-2)
+        speed = momentum[:, t] * speed + (rate[:, t, :, None] * k[:, t])[..., None] * wrong[..., None, :]
+        memory = keep[:, t] * memory + speed
+        out.append((memory * q[:, t, ..., None]).sum(-2))
+    return torch.stack(out, 1), (memory, speed)
+
+
+class Descent(NamedTuple):
+    """How gradient steps with momentum and forgetting add up in chunks: `weight` (B, H, N, C, C) of the step at j in
+    the memory at i, `speed` (..., C, C) in the momentum at i; what is left of the memory (`kept`) and of the momentum
+    (`pushed`) that entered the chunk in the memory at i, and of the momentum in the momentum at i (`slowed`)."""
+    weight: Tensor
+    speed: Tensor
+    kept: Tensor
+    pushed: Tensor
+    slowed: Tensor
+
+
+def descend(keep: Tensor, momentum: Tensor, rate: Tensor, chunks: Chunks) -> Descent:
+    """Descent from gates (B, H, N, C)."""
+    kept, slowed = (sums(x.clamp_min(LEAST_SHARE).log(), chunks) for x in (keep, momentum))
+    memory, speed = decays(kept, chunks.same), decays(slowed, chunks.same) * rate[..., None, :]
+    left = entering(slowed, chunks)
+    return Descent(memory @ speed, speed, entering(kept, chunks), (memory @ left[..., None])[..., 0], left)
+
+
+def titans_chunked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tensor, rate: Tensor,
+                   where: "Tensor | Spans | None" = None, state: tuple[Tensor, Tensor] | None = None, size: int = 64
+                   ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The same by chunks: the errors of a chunk solve one triangular system."""
+    chunks, length, wide = make_chunks(where, q, size), q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    q, k, v, *gates = (cut_chunks(x.to(wide), size) for x in (q, k, v, keep, momentum, rate))
+    steps = descend(*gates, chunks)
+    # An error is taken at the memory one token before, which at the beginning of a document is empty.
+    before = F.pad(steps.weight[..., :-1, :], (0, 0, 1, 0)) * chunks.same
+    enters = chunks.enters.to(wide)
+    kept = F.pad(steps.kept[..., :-1], (1, 0), value=1.0) * enters
+    pushed = F.pad(steps.pushed[..., :-1], (1, 0)) * enters
+    right = torch.cat([v, kept[..., None] * k, pushed[..., None] * k], -1)
+    solved = torch.linalg.solve_triangular((k @ k.mT) * before, right, upper=False, unitriangular=True)
+    ours, by_memory, by_speed = solved.split([v.shape[-1], k.shape[-1], k.shape[-1]], -1)
+    into = torch.cat([ends(x, length)[..., None] * k for x in (steps.weight, steps.speed)], -1).mT
+    last = [ends(x, length)[..., None, None] for x in (steps.kept, steps.pushed, steps.slowed)]
+    zeros = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    memory, speed = state or (zeros, zeros)
+    memories, speeds, wrong = [], [], []
+    for n in range(k.shape[2]):
+        memories.append(memory)
+        speeds.append(speed)
+        wrong.append(ours[:, :, n] - by_memory[:, :, n] @ memory - by_speed[:, :, n] @ speed)
+        learned, quicker = (into[:, :, n] @ wrong[-1]).chunk(2, -2)
+        memory, speed = (last[0][:, :, n] * memory + last[1][:, :, n] * speed + learned,
+                         last[2][:, :, n] * speed + quicker)
+    out = (steps.kept[..., None] * q) @ torch.stack(memories, 2) + (steps.pushed[..., None] * q) @ torch.stack(
+        speeds, 2) + ((q @ k.mT) * steps.weight) @ torch.stack(wrong, 2)
+    return join_chunks(out, length), (memory, speed)
+
+
+Deep = tuple[Tensor, Tensor, Tensor, Tensor]  # matrices (B, H, F, K) and (B, H, V, F) of a memory, and their momenta
+
+
+def deep_reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tensor, rate: Tensor, first: Tensor,
+                   second: Tensor, where: "Tensor | Spans | None" = None, state: Deep | None = None, size: int = 64
+                   ) -> tuple[Tensor, Deep]:
+    """A Titans memory with a hidden layer, M(k) = W2 silu(W1 k), learning by gradient descent on the squared error with
+    momentum and forgetting; all tokens of a chunk take their gradients at the weights that entered it (in the chunk in
+    which its document begins: `first` (H, F, K), `second` (H, V, F)). Reads after the write."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, keep, momentum, rate, first, second = (
+        x.to(wide) for x in (q, k, v, keep, momentum, rate, first, second))
+    keep, momentum = (x.clamp_min(LEAST_SHARE)[..., None, None] for x in (keep, momentum))
+    fresh = [w.expand(q.shape[0], *w.shape) for w in (first, second)]
+    now = list(state or (*fresh, *(torch.zeros_like(w) for w in fresh)))
+    out, frozen = [], now[:2]
+    for t, goes_on in enumerate(_begins(where, q)):
+        if t % size == 0:
+            frozen = now[:2]
+        frozen = [torch.where(goes_on, old, new) for old, new in zip(frozen, fresh, strict=True)]
+        now = [torch.where(goes_on, old, new) for old, new in zip(now, [*fresh, *map(torch.zeros_like, fresh)],
+                                                                  strict=True)]
+        raw = (frozen[0] * k[:, t, :, None]).sum(-1)  # (B, H, F)
+        wrong = 2 * ((frozen[1] * F.silu(raw)[..., None, :]).sum(-1) - v[:, t])  # (B, H, V)
+        inner = (frozen[1] * wrong[..., None]).sum(-2) * silu_slope(raw)
+        slopes = (inner[..., None] * k[:, t, :, None], wrong[..., None] * F.silu(raw)[..., None, :])
+        for at, slope in enumerate(slopes):
+            now[at + 2] = momentum[:, t] * now[at + 2] - rate[:, t, :, None, None] * slope
+            now[at] = keep[:, t] * now[at] + now[at + 2]
+        hidden = F.silu((now[0] * q[:, t, :, None]).sum(-1))
+        out.append((now[1] * hidden[..., None, :]).sum(-1))
+    return torch.stack(out, 1), tuple(now)
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of silu."""
+    share = x.sigmoid()
+    return share * (1 + x * (1 - share))
+
+
+def deep_chunked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tensor, rate: Tensor, first: Tensor,
+                 second: Tensor, where: "Tensor | Spans | None" = None, state: Deep | None = None, size: int = 64
+                 ) -> tuple[Tensor, Deep]:
+    """The same by chunks in its dual form: no weights a token are made, only products of tokens with each other."""
+    chunks, length, wide = make_chunks(where, q, size), q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    q, k, v, *gates = (cut_chunks(x.to(wide), size) for x in (q, k, v, keep, momentum, rate))
+    first, second, steps = first.to(wide), second.to(wide), descend(*gates, chunks)
+    # Of a document that begins in the chunk: what is left of its first weights, at each position and at the end.
+    kept = sums(gates[0].clamp_min(LEAST_SHARE).log(), chunks)
+    fresh = kept.masked_fill(chunks.enters, -math.inf).exp()
+    enters, among = chunks.enters[..., None], steps.weight
+    last = [ends(x, length)[..., None, None] for x in (steps.kept, steps.pushed, steps.slowed, fresh)]
+    learns, quickens = (ends(x, length)[..., None] for x in (steps.weight, steps.speed))
+    w1, w2 = (w.expand(q.shape[0], *w.shape) for w in (first, second))
+    w1, w2, s1, s2 = state or (w1, w2, torch.zeros_like(w1), torch.zeros_like(w2))
+    out = []
+    for n in range(k.shape[2]):
+        qn, kn, vn, go, weight = q[:, :, n], k[:, :, n], v[:, :, n], enters[:, :, n], among[:, :, n]
+        left, pushed, new = (x[:, :, n, :, None] for x in (steps.kept, steps.pushed, fresh))
+        raw = torch.where(go, kn @ w1.mT, kn @ first.mT)  # (B, H, C, F)
+        hidden = F.silu(raw)
+        wrong = 2 * (torch.where(go, hidden @ w2.mT, hidden @ second.mT) - vn)
+        inner = torch.where(go, wrong @ w2, wrong @ second) * silu_slope(raw)
+        asked = F.silu(left * (qn @ w1.mT) + new * (qn @ first.mT) + pushed * (qn @ s1.mT)
+                       - (weight * (qn @ kn.mT)) @ inner)
+        out.append(left * (asked @ w2.mT) + new * (asked @ second.mT) + pushed * (asked @ s2.mT)
+                   - (weight * (asked @ hidden.mT)) @ wrong)
+        a, b, c, d = (x[:, :, n] for x in last)
+        learn, quick = learns[:, :, n], quickens[:, :, n]
+        w1, s1 = a * w1 + d * first + b * s1 - (learn * inner).mT @ kn, c * s1 - (quick * inner).mT @ kn
+        w2, s2 = a * w2 + d * second + b * s2 - (learn * wrong).mT @ hidden, c * s2 - (quick * wrong).mT @ hidden
+    return join_chunks(torch.stack(out, 2), length), (w1, w2, s1, s2)
+
+
 def _made(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A Triton twin, with its operations registered."""
     triton_twins()
@@ -2245,32 +2762,58 @@ KERNELS: dict[str, Kernel] = {
     "mlp": Kernel(mlp_reference, {
         "triton": Twin(lambda: _made(mlp_triton), lambda device, dtype, settings: triton_unusable(device, 9, 10) or (
             None if dtype != torch.float32 else "fp32 has no tensor cores"))}, 2e-6, 2e-6),
+    "delta": Kernel(delta_reference, {
+        "fla": Twin(make_delta_fla, lambda device, dtype, settings: _lacks_fla(device, dtype), packed=True),
+        "chunked": Twin(lambda: delta_chunked, lambda device, dtype, settings: None)}, 1e-5, 1e-5),
+    "mlstm": Kernel(mlstm_reference, {"chunked": Twin(lambda: mlstm_chunked, lambda device, dtype, settings: None)},
+                    5e-4, 5e-4),
+    "titans": Kernel(titans_reference, {
+        "chunked": Twin(lambda: titans_chunked, lambda device, dtype, settings: None)}, 2e-5, 2e-4),
+    "deep": Kernel(deep_reference, {"chunked": Twin(lambda: deep_chunked, lambda device, dtype, settings: None)},
+                   2e-5, 2e-4),
 }
 
 
+def kernels_of(settings: ModelSettings) -> list[str]:
+    """The rows of KERNELS that a model needs."""
+    mixers = {MIXER_KERNELS[block.letter] for block in parse_stack(settings.stack)[0]}
+    if settings.titans_depth == 2 and "titans" in mixers:
+        mixers = mixers - {"titans"} | {"deep"}
+    return ["attention", "mean_nats", "mlp", *sorted(mixers - {"attention"})]
+
+
 class Picked(NamedTuple):
-    """The chosen function of each operation, and whether attention wants packed rows."""
+    """The chosen function of each operation, those of recurrences by name, and whether rows are packed."""
     attention: Callable[..., Tensor]
     mean_nats: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
+    recurrences: dict[str, Callable[..., Any]]
     packed: bool = False
 
 
 def pick_kernels(choice: str, device: torch.device, dtype: torch.dtype = torch.float32,
                  settings: ModelSettings | None = None) -> tuple[Picked, list[str]]:
-    """The functions to use on a device, and one printable line an operation saying which, and why not another one."""
-    picked, lines, packed = {}, [], False
-    for name, kernel in KERNELS.items():
-        taken, reasons = "reference", ["KERNELS=reference"] if choice == "reference" else []
+    """The functions to use on a device, and one printable line an operation saying which, and why not another one.
+    Attention takes packed rows only where the recurrences beside it do."""
+    settings = settings or ModelSettings()
+    names, picked, lines, rows_only = kernels_of(settings), {}, [], ""
+    for name in sorted(names, key=lambda name: name == "attention"):
+        kernel, taken = KERNELS[name], "reference"
+        reasons = ["KERNELS=reference"] if choice == "reference" else []
         for twin_name, twin in () if choice == "reference" else kernel.twins.items():
-            if not (reason := twin.unusable(device, dtype, settings or ModelSettings())):
+            if not (reason := twin.unusable(device, dtype, settings)) and not (twin.packed and name == "attention"
+                                                                               and rows_only):
                 taken = twin_name
                 break
-            reasons.append(f"{twin_name}: {reason}")
+            reasons.append(f"{twin_name}: {reason or f'{rows_only} does not take packed rows'}")
         picked[name] = kernel.reference if taken == "reference" else kernel.twins[taken].make()
-        packed = packed or (taken != "reference" and kernel.twins[taken].packed)
+        packed = taken != "reference" and kernel.twins[taken].packed
+        if name not in Picked._fields and not packed:
+            rows_only = f"{taken} {name}"
         lines.append(f"kernel:{name} {taken}" + (f" ({'; '.join(reasons)})" if reasons else ""))
-    return Picked(**picked, packed=packed), lines
+    recurrences = {name: picked.pop(name) for name in names if name not in Picked._fields}
+    return Picked(**picked, recurrences=recurrences, packed=packed), sorted(
+        lines, key=lambda line: names.index(line.split()[0].removeprefix("kernel:")))
 
 
 def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -2790,9 +3333,10 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
-def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, dims / 2) in like's dtype, from fp32: position times base^(-2j / dims). Source: RoFormer."""
-    inverse = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
+def rotary_tables(length: int, dims: int, base: float, like: Tensor, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, dims / 2) in like's dtype, from fp32: position times base^(-2j / dims) / stretch. Source:
+    RoFormer."""
+    inverse = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims) / stretch
     angles = torch.arange(length, device=like.device, dtype=torch.float32)[:, None, None] * inverse
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -2805,10 +3349,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Sites(NamedTuple):
-    """The site names of one visit. `attn` and `mlp` are paths beside the whole part, from its input to its output."""
+    """The site names of one visit. `attn` and `mlp` are paths beside the whole part, from its input to its output;
+    `gate` is a recurrent mixer's output gate."""
     q: str
     k: str
     v: str
+    gate: str
     o: str
     attn: str
     up: str
@@ -2817,11 +3363,14 @@ class Sites(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What the visits of one forward share: who may see whom (a mask (B, 1, T, T), spans, or None for plain causal),
-    value embeddings (B, T, K, C) or None, and the first visit's values (B, T, K, C), None until there are some."""
+    """What the visits of one forward share: who may see whom (a mask (B, 1, T, T), spans, or None for plain causal);
+    the same as documents (B, T) or None; value embeddings (B, T, K, C) or None; the first visit's values (B, T, K, C),
+    None until there are some; and what this visit's rotary frequencies are divided by."""
     mask: "Tensor | Spans | None"
+    docs: Tensor | None
     embedded: Tensor | None
     first: Tensor | None
+    stretch: float = 1.0
 
 
 class HeadGate(NamedTuple):
@@ -2843,7 +3392,8 @@ ATTN_GATES: dict[str, HeadGate] = {
 class BlockPlan(NamedTuple):
     """One block with everything resolved: its place, its mixer's letter, heads, key/value heads, feed-forward width;
     the factor on its normalised inputs; the gate on its heads; whether it has exclusive attention, value embeddings,
-    residual lanes."""
+    residual lanes; and of a recurrent mixer the channels of a head's keys and values, the width of its convolutions and
+    whether its output has a gate."""
     index: int
     letter: str
     heads: int
@@ -2854,19 +3404,27 @@ class BlockPlan(NamedTuple):
     exclusive: bool
     embedded: bool
     lanes: bool
+    key: int
+    value: int
+    conv: int
+    gated: bool
 
 
 def plan_blocks(settings: ModelSettings) -> tuple[BlockPlan, ...]:
     """The blocks of a STACK, with the model's settings and their own overrides resolved."""
     blocks, _ = parse_stack(settings.stack)
     named, first_lane = parse_layers(settings.ve_layers), settings.parallel_start_layer or len(blocks)
-    return tuple(BlockPlan(
-        index, block.letter, int(block.overrides.get("heads", settings.num_heads)),
-        int(block.overrides.get("kv", settings.num_kv_heads)),
-        round(block.overrides.get("mlp", settings.mlp_mult) * settings.model_dim),
-        (index + 1) ** -0.5 if settings.ln_scale else 1.0, ATTN_GATES.get(settings.attn_gate),
-        index >= len(blocks) - settings.xsa_last_n, index in named, index >= first_lane)
-        for index, block in enumerate(blocks))
+    plans = []
+    for index, block in enumerate(blocks):
+        own, attends = own_settings(settings, block), block.letter == "A"
+        exclusive = block.overrides.get("xsa_last_n", index >= len(blocks) - settings.xsa_last_n)
+        plans.append(BlockPlan(
+            index, block.letter, own.num_heads, own.num_kv_heads if attends else own.num_heads,
+            round(own.mlp_mult * settings.model_dim), (index + 1) ** -0.5 if settings.ln_scale else 1.0,
+            ATTN_GATES.get(settings.attn_gate) if attends else None, attends and bool(exclusive), index in named,
+            index >= first_lane, round(own.expand_k * settings.model_dim / own.num_heads),
+            round(own.expand_v * settings.model_dim / own.num_heads), own.conv_size, own.mixer_gate))
+    return tuple(plans)
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -2881,9 +3439,9 @@ class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, a gain per head and partial rotary embedding; on
     request exclusive, gated by head, and with values that take an embedding of the token or the first block's share."""
 
-    def __init__(self, settings: ModelSettings, plan: BlockPlan, attend: Callable[..., Tensor]) -> None:
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: "Picked") -> None:
         super().__init__()
-        width, self.plan, self.settings, self.attend = settings.model_dim, plan, settings, attend
+        width, self.plan, self.settings, self.attend = settings.model_dim, plan, settings, kernels.attention
         channels = width // plan.heads
         self.dims = settings.rope_dims or channels
         self.q = Linear(width, plan.heads * channels, settings.matrix_init)
@@ -2908,7 +3466,7 @@ class Attention(nn.Module):
             v = v + self.ve_scale.to(n.dtype) * context.embedded
         if self.residual is not None and context.first is not None:
             v = v + self.residual.sigmoid().to(n.dtype) * context.first
-        cos, sin = rotary_tables(n.shape[1], self.dims, settings.rope_base, n)
+        cos, sin = rotary_tables(n.shape[1], self.dims, settings.rope_base, n, context.stretch)
         q = rotate(rms_norm(q, eps), cos, sin) * self.q_gain.to(n.dtype)[:, None]
         k = rotate(rms_norm(k, eps), cos, sin)
         y = self.attend(q, k, v, context.mask)  # (B, T, H, C)
@@ -3000,16 +3558,230 @@ class ValueEmbedding(nn.Module):
         return self.proj(found, "values.proj", deltas).unflatten(-1, (-1, self.channels))
 
 
-MIXERS: dict[str, type[nn.Module]] = {"A": Attention}
+def short_conv(x: Tensor, weight: Tensor, docs: Tensor | None) -> Tensor:
+    """A causal convolution of every channel, within documents: x (B, T, C), weight (C, W), whose last column is the own
+    position's; docs (B, T) or None."""
+    out = x * weight[:, -1]
+    for back in range(1, min(weight.shape[1], x.shape[1])):
+        before = F.pad(x[:, :-back], (0, 0, back, 0))
+        if docs is not None:
+            before = before * F.pad(docs[:, back:] == docs[:, :-back], (back, 0))[..., None]
+        out = out + before * weight[:, -1 - back]
+    return out
 
 
-# Parts beside the blocks that read tokens. The first two change the embeddings, in this order.
-TOKEN_PARTS: dict[str, type[nn.Module]] = {"bigram": GramHash, "smear": SmearGate, "values": ValueEmbedding}
+def place_in_document(docs: Tensor) -> Tensor:
+    """The position of each token in its document, or in what the row holds of it, int64 (B, T)."""
+    index = torch.arange(docs.shape[1], device=docs.device).expand_as(docs)
+    begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))
+    return index - torch.where(begins, index, 0).cummax(1).values
+
+
+class Recurrent(nn.Module):
+    """What recurrent mixers share: queries, keys and values of each head through short convolutions and silu; raw gates
+    of each head in fp32; a norm and, on request, a gate on what comes out. A row says how many gates it has and what it
+    recalls."""
+
+    GATES = 0
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
+        super().__init__()
+        width, heads, self.plan, self.settings = settings.model_dim, plan.heads, plan, settings
+        self.q = Linear(width, heads * plan.key, settings.matrix_init)
+        self.k = Linear(width, heads * plan.key, settings.matrix_init)
+        self.v = Linear(width, heads * plan.value, settings.matrix_init)
+        self.gate = Linear(width, heads * plan.value, settings.matrix_init) if plan.gated else None
+        self.o = Linear(heads * plan.value, width, 0.0)
+        self.convs = nn.ParameterDict({name: make_parameter((heads * channels, plan.conv), "gate", "uniform")
+                                       for name, channels in (("q", plan.key), ("k", plan.key), ("v", plan.value))
+                                       if plan.conv})
+        self.gates = make_parameter((self.GATES * heads, width), "gate", "faint")
+        self.out_gain = make_parameter((plan.value,), "gain", 1.0)
+
+    def read(self, part: str, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> Tensor:
+        """Queries (q), keys (k) or values (v) of n (B, T, D), in the heads' channels (B, T, H, C)."""
+        x = getattr(self, part)(n, getattr(sites, part), deltas)
+        if self.plan.conv:
+            x = F.silu(short_conv(x, self.convs[part].to(x.dtype), context.docs))
+        return x.unflatten(-1, (self.plan.heads, -1))
+
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
+        """What the heads bring (B, T, H, V) for q, k, v in fp32 and raw gates (B, T, H)."""
+        raise NotImplementedError
+
+    def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
+        """n (B, T, D), normalised -> what it adds (B, T, D), and None: it has no values for others."""
+        q, k, v = (self.read(part, n, context, sites, deltas) for part in "qkv")
+        wide = torch.promote_types(n.dtype, torch.float32)
+        raw = F.linear(n.to(wide), self.gates.to(wide)).unflatten(-1, (self.GATES, -1)).unbind(-2)
+        y = self.recall(q.to(wide), k.to(wide), v.to(wide), list(raw), context)
+        return self.finish(y, n, sites, deltas), None
+
+    def finish(self, y: Tensor, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
+        """What y (B, T, H, V) adds to the stream, (B, T, D)."""
+        y = (rms_norm(y, self.settings.norm_eps) * self.out_gain.to(y.dtype)).to(n.dtype).flatten(2)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(n, sites.gate, deltas))
+        return add_delta(self.o(y, sites.o, deltas), n, sites.attn, deltas)
+
+
+class DeltaNet(Recurrent):
+    """The delta rule with unit keys; on request with strengths up to 2, whose states turn around (source: Grazzi et al.
+    2024), or with the exact step for keys of any length (source: EFLA)."""
+
+    GATES = 1
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
+        super().__init__(settings, plan, kernels)
+        self.rule = kernels.recurrences["delta"]
+        self.beta_bias = make_parameter((plan.heads,), "gain", 0.0)
+
+    def strength(self, k: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and how strongly each is written, (B, T, H)."""
+        beta = (raw + self.beta_bias.to(raw.dtype)).sigmoid()
+        if self.settings.efla:
+            length = k.square().sum(-1).clamp_min(1e-12)
+            return k, -torch.expm1(-beta * length) / length
+        return F.normalize(k, dim=-1), 2 * beta if self.settings.allow_neg_eigval else beta
+
+    def decay(self, raw: list[Tensor]) -> Tensor | None:
+        """The logarithm of what is left of the state at each token, (B, T, H); None is all of it."""
+        return None
+
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
+        k, beta = self.strength(k, gates[0])
+        where = context.mask if isinstance(context.mask, Spans) else context.docs
+        return self.rule(F.normalize(q, dim=-1), k, v, beta, self.decay(gates), where, None,
+                         self.settings.mixer_chunk)[0]
+
+
+class GatedDeltaNet(DeltaNet):
+    """The delta rule on a state that fades: e^g with g = -exp(A_log) softplus(raw + dt_bias). Source: Gated Delta
+    Networks, Yang et al. 2024; starts as there."""
+
+    GATES = 2
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
+        super().__init__(settings, plan, kernels)
+        self.a_log = make_parameter((plan.heads,), "gain", "decay")
+        self.dt_bias = make_parameter((plan.heads,), "gain", "pace")
+
+    def decay(self, raw: list[Tensor]) -> Tensor:
+        return -self.a_log.exp().to(raw[1].dtype) * F.softplus(raw[1] + self.dt_bias.to(raw[1].dtype))
+
+
+GATE_CAP = 15.0
+
+
+class MLSTM(Recurrent):
+    """A matrix memory with an exponential input gate, both raw gates soft-capped. Source: Beck et al. 2024, xLSTM;
+    biases as in xLSTM 7B."""
+
+    GATES = 2
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
+        super().__init__(settings, plan, kernels)
+        self.rule = kernels.recurrences["mlstm"]
+        self.input_bias = make_parameter((plan.heads,), "gain", -10.0)
+        self.forget_bias = make_parameter((plan.heads,), "gain", "forget")
+
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
+        enter, forget = (bend(raw + bias.to(raw.dtype), GATE_CAP)
+                         for raw, bias in zip(gates, (self.input_bias, self.forget_bias), strict=True))
+        return self.rule(q, k, v, enter, forget, context.docs, None, self.settings.mixer_chunk)[0]
+
+
+MOST_MOMENTUM = 0.95
+
+
+class Titans(Recurrent):
+    """A memory that learns keys to values as it reads, with momentum and forgetting: a matrix, or two with a hidden
+    layer between them; what it recalls is the output or, with TITANS_CONTEXT, stands as further keys and values, beside
+    learned ones, before the tokens of an attention. Source: Behrouz et al. 2024, Titans (memory as a layer, memory as
+    context); there a segment's memory waits for the attention of the one before, here it learns from the stream."""
+
+    GATES = 3
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
+        super().__init__(settings, plan, kernels)
+        heads, deep = plan.heads, settings.titans_depth == 2
+        self.rule, self.attend = kernels.recurrences["deep" if deep else "titans"], kernels.attention
+        self.forget_bias = make_parameter((heads,), "gain", -4.0)
+        self.momentum_bias = make_parameter((heads,), "gain", 0.0)
+        self.rate_bias = make_parameter((heads,), "gain", 0.0)
+        hidden = 2 * plan.key
+        self.first = make_parameter((heads, hidden, plan.key), "gate", "uniform") if deep else None
+        self.second = make_parameter((heads, plan.value, hidden), "gate", "uniform") if deep else None
+        slots = settings.persistent_slots if settings.titans_context else 0
+        self.slots = make_parameter((2, slots, heads, plan.key), "table", "value") if slots else None
+        self.dims = settings.rope_dims or plan.key
+        self.q_gain = make_parameter((heads,), "gain", settings.qk_gain_init) if settings.titans_context else None
+
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
+        forget, momentum, rate = (
+            (raw + bias.to(raw.dtype)).sigmoid()
+            for raw, bias in zip(gates, (self.forget_bias, self.momentum_bias, self.rate_bias), strict=True))
+        size, more = self.settings.mixer_chunk, ()
+        if self.first is not None:
+            # All tokens of a chunk learn at the same weights, so each takes its share of a step.
+            rate, more = rate / size, (self.first, self.second)
+        return self.rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, 1 - forget, MOST_MOMENTUM * momentum, rate,
+                         *more, context.docs, None, size)[0]
+
+    def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
+        """As Recurrent's; with TITANS_CONTEXT attention over what is recalled and what is there."""
+        if not self.settings.titans_context:
+            return super().forward(n, context, sites, deltas)
+        q, k, v = (self.read(part, n, context, sites, deltas) for part in "qkv")
+        wide = torch.promote_types(n.dtype, torch.float32)
+        raw = F.linear(n.to(wide), self.gates.to(wide)).unflatten(-1, (self.GATES, -1)).unbind(-2)
+        recalled = self.recall(q.to(wide), k.to(wide), v.to(wide), list(raw), context)
+        recalled = rms_norm(recalled, self.settings.norm_eps).to(n.dtype).flatten(2)
+        past_k, past_v = (self.read(part, recalled, context, sites, deltas) for part in "kv")
+        cos, sin = rotary_tables(n.shape[1], self.dims, self.settings.rope_base, n, context.stretch)
+        if context.docs is not None:
+            # Slots stand at the beginning of every document, so positions are counted from there.
+            cos, sin = (table[place_in_document(context.docs)] for table in (cos, sin))
+        q, k, past_k = (rotate(rms_norm(x, self.settings.norm_eps), cos, sin) for x in (q, k, past_k))
+        keys, values, seen = [past_k, k], [past_v, v], attention_mask(context.docs, n.shape[:2])
+        if seen is None:
+            seen = torch.ones(n.shape[1], n.shape[1], dtype=torch.bool, device=n.device).tril()[None, None]
+        seen = torch.cat([seen, seen], -1)
+        if self.slots is not None:
+            slots = self.slots.to(n.dtype).expand(len(n), -1, -1, -1, -1)  # (B, 2, S, H, C)
+            keys, values = [rms_norm(slots[:, 0], self.settings.norm_eps), *keys], [slots[:, 1], *values]
+            seen = F.pad(seen, (slots.shape[2], 0), value=True)
+        y = self.attend(q * self.q_gain.to(n.dtype)[:, None], torch.cat(keys, 1), torch.cat(values, 1), seen)
+        return self.finish(y, n, sites, deltas), None
+
+
+MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "D": DeltaNet, "G": GatedDeltaNet, "X": MLSTM, "T": Titans}
+
+
+class Smear(nn.Module):
+    """Each channel of a normalised embedding becomes a learned mean of its own and of the one before, within documents;
+    half and half at the start. Source: clowncar's SmearGate, mended at the beginning of documents."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        self.share = make_parameter((settings.model_dim,), "gate", 0.0)
+
+    def forward(self, e: Tensor, tokens: Tensor, deltas: Deltas | None) -> Tensor:
+        """e (B, T, D), tokens (B, T) -> (B, T, D)."""
+        before = F.pad(e[:, :-1], (0, 0, 1, 0)) * (tokens != BOS)[..., None]
+        return torch.lerp(e, before, self.share.sigmoid().to(e.dtype))
+
+
+# Parts beside the blocks that read tokens. The first two change the embeddings, in this order, the third what is left
+# of them when they are normalised.
+TOKEN_PARTS: dict[str, type[nn.Module]] = {"bigram": GramHash, "smear": SmearGate, "blend": Smear,
+                                           "values": ValueEmbedding}
 
 
 def token_parts(settings: ModelSettings) -> list[str]:
     """The rows of TOKEN_PARTS that a model has."""
     wanted = {"bigram": settings.bigram_vocab_size, "smear": settings.smear_gate_enabled,
+              "blend": settings.smear_channels,
               "values": parse_layers(settings.ve_layers)}
     return [name for name, on in wanted.items() if on]
 
@@ -3021,14 +3793,22 @@ def token_parts(settings: ModelSettings) -> list[str]:
 # parameters.
 
 
+class Turn(NamedTuple):
+    """Where a visit stands in a ( ) group: the group's number, the pass's, and whether it begins it."""
+    group: int
+    number: int
+    first: bool
+
+
 class Step(NamedTuple):
     """One visit: its number, its block, the earlier visit whose output is skipped in (or None), whether to keep its
-    own, and whether it has residual lanes."""
+    own, whether it has residual lanes, and its turn, where it belongs to a group that has several passes."""
     visit: int
     block: int
     source: int | None
     keep: bool
     lanes: bool
+    turn: Turn | None
 
 
 class Phase(NamedTuple):
@@ -3041,20 +3821,28 @@ class Phase(NamedTuple):
         return [(self.steps[step.source].block, step.block) for step in self.steps if step.source is not None]
 
 
-def plan_layers(settings: ModelSettings) -> tuple[Phase, ...]:
-    """The phases of a STACK. Skips pair visit half + j with visit half - 1 - j, half being half of all visits."""
+def plan_phase(settings: ModelSettings, start: float, most: int = MAX_VISITS) -> Phase:
+    """The visits from a fraction of training on, each group in `most` passes at most. Skips pair visit half + j with
+    visit half - 1 - j, half being half of those that take part."""
     _, visits = parse_stack(settings.stack)
-    blocks, phases = plan_blocks(settings), []
-    for start in sorted({frac for item in visits for frac, _ in item.passes}):
-        order: list[int] = []
-        for item in visits:
-            order += list(item.blocks) * max(count for frac, count in item.passes if frac <= start)
-        half = len(order) // 2
-        sources = {half + j: half - 1 - j for j in range(half)} if settings.unet_skips else {}
-        kept = set(sources.values())
-        phases.append(Phase(start, tuple(Step(visit, block, sources.get(visit), visit in kept, blocks[block].lanes)
-                                         for visit, block in enumerate(order))))
-    return tuple(phases)
+    blocks, order = plan_blocks(settings), []
+    for group, item in enumerate(visits):
+        looped = item.passes[-1][1] > 1
+        for number in range(min(most, max(count for frac, count in item.passes if frac <= start))):
+            order += [(block, Turn(group, number, place == 0) if looped else None)
+                      for place, block in enumerate(item.blocks)]
+    part = [visit for visit, (_, turn) in enumerate(order) if settings.loop_skips or turn is None]
+    half = len(part) // 2
+    sources = {part[half + j]: part[half - 1 - j] for j in range(half)} if settings.unet_skips else {}
+    kept = set(sources.values())
+    return Phase(start, tuple(Step(visit, block, sources.get(visit), visit in kept, blocks[block].lanes, turn)
+                              for visit, (block, turn) in enumerate(order)))
+
+
+def plan_layers(settings: ModelSettings) -> tuple[Phase, ...]:
+    """The phases of a STACK."""
+    _, visits = parse_stack(settings.stack)
+    return tuple(plan_phase(settings, start) for start in sorted({frac for item in visits for frac, _ in item.passes}))
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -3078,6 +3866,14 @@ def plan_text(settings: ModelSettings) -> str:
               "value embeddings": [block.index for block in blocks if block.embedded],
               "value residual": [block.index for block in blocks if settings.value_residual and block.index]}
     lines += [f"blocks {_ranges(numbers)}: {what}" for what, numbers in extras.items() if numbers]
+    between = {f"{settings.loop_instructions} instructions": settings.loop_instructions != "none",
+               f"tap of {settings.crawler_tap_dim}": settings.crawler_tap_dim,
+               f"anchor of {settings.anchor_dim}": settings.anchor_dim,
+               "rotary frequencies over " + ", ".join(map(show_value, settings.crawler_loop_rope_scales)):
+                   settings.crawler_loop_rope_scales}
+    if told := [what for what, on in between.items() if on]:
+        lines += [f"blocks {_ranges(list(item.blocks))}, {item.passes[-1][1]} passes: {'; '.join(told)}"
+                  for item in parse_stack(settings.stack)[1] if item.passes[-1][1] > 1]
     return "\n".join(lines)
 
 
@@ -3088,7 +3884,7 @@ class BlockModule(nn.Module):
     def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
         super().__init__()
         width, self.eps, self.scale = settings.model_dim, settings.norm_eps, plan.scale
-        self.mixer = MIXERS[plan.letter](settings, plan, kernels.attention)
+        self.mixer = MIXERS[plan.letter](settings, plan, kernels)
         self.mlp = FeedForward(width, plan.hidden, settings, kernels.mlp) if plan.hidden else None
         self.resid_mix = make_parameter((2, width), "gain", "mix")
         self.attn_scale = make_parameter((width,), "gain", 1.0)
@@ -3142,6 +3938,68 @@ class Skip(nn.Module):
         return x + brought if self.gate is None else torch.lerp(brought, x, self.gate.sigmoid().to(x.dtype))
 
 
+class Loop(nn.Module):
+    """What tells the passes of a ( ) group apart: sums into the stream before each pass. Instructions are a vector
+    each, or a low-rank product of the stream as it enters the group (static) or the pass (flow), with an own way out
+    for each pass; a tap reads what the blocks before the group made, the same for all passes; an anchor is what earlier
+    passes wrote. Each begins at zero, or almost. Sources: clowncar and its successors, PRs 990 and 1140."""
+
+    def __init__(self, settings: ModelSettings, passes: int, before: int, name: str) -> None:
+        super().__init__()
+        width, kind, rank, self.name = settings.model_dim, settings.loop_instructions, settings.inst_dim, name
+        product, self.static, self.rank, self.passes = kind in ("static", "flow"), kind == "static", rank, passes
+        self.positions = make_parameter((passes, width), "gate", "position") if kind == "position" else None
+        self.inst_in = Linear(width, rank * (passes if self.static else 1), "value") if product else None
+        self.inst_out = nn.ModuleList(Linear(rank, width, 0.0) for _ in range(passes if product else 0))
+        tap, anchor = settings.crawler_tap_dim, settings.anchor_dim
+        self.tap_in = nn.ModuleList(Linear(width, tap, settings.matrix_init) for _ in range(before if tap else 0))
+        self.tap_out = Linear(tap, width, 0.0) if tap else None
+        self.anchor_in = nn.ModuleList(Linear(width, anchor, settings.matrix_init)
+                                       for _ in range(passes - 1 if anchor else 0))
+        self.anchor_out = nn.ModuleList(Linear(anchor, width, 0.0) for _ in range(passes - 1 if anchor else 0))
+
+    def site(self, module: str) -> str:
+        """The site of one of its matrices."""
+        return f"loops.{self.name}.{module}"
+
+    def enter(self, x: Tensor, made: list[Tensor], deltas: Deltas | None) -> dict[str, Tensor]:
+        """What the passes read of x (B, T, D), which enters the group, and of what the blocks before it made."""
+        held = {}
+        if self.static:
+            held["static"] = self.inst_in(x, self.site("inst_in"), deltas)
+        if self.tap_out is not None:
+            low = sum(matrix(part, self.site(f"tap_in.{at}"), deltas)
+                      for at, (matrix, part) in enumerate(zip(self.tap_in, made, strict=True)))
+            held["tap"] = self.tap_out(low, self.site("tap_out"), deltas)
+        return held
+
+    def forward(self, x: Tensor, number: int, held: dict[str, Tensor], deltas: Deltas | None) -> Tensor:
+        """x (B, T, D) as pass `number` begins with it; `held` is `enter`'s, and the anchor's."""
+        told = []
+        if self.positions is not None:
+            told.append(self.positions[number].to(x.dtype).expand_as(x))
+        if self.inst_in is not None:
+            low = held["static"].unflatten(-1, (-1, self.rank))[..., number, :] if self.static else (
+                self.inst_in(x, self.site("inst_in"), deltas))
+            told.append(self.inst_out[number](low, self.site(f"inst_out.{number}"), deltas))
+        if "tap" in held:
+            told.append(held["tap"])
+        if self.anchor_out and number:
+            written = self.anchor_in[number - 1](x, self.site(f"anchor_in.{number - 1}"), deltas)
+            held["anchor"] = held["anchor"] + written if "anchor" in held else written
+            told.append(self.anchor_out[number - 1](held["anchor"], self.site(f"anchor_out.{number - 1}"), deltas))
+        return add_delta(x + sum(told), x, self.site(f"pass.{number}"), deltas) if told else x
+
+
+# What stands between the passes of a ( ) group.
+BETWEEN: dict[str, type[nn.Module]] = {"loop": Loop}
+
+
+def between(settings: ModelSettings) -> list[str]:
+    """The rows of BETWEEN that a model has."""
+    return ["loop"] if settings.loop_instructions != "none" or settings.crawler_tap_dim or settings.anchor_dim else []
+
+
 HEAD_ROWS = 2048
 MIXER_FLOOR = 0.05
 
@@ -3152,6 +4010,12 @@ def mixer_weights(logits: Tensor, seen: Tensor) -> Tensor:
     usable = torch.cat([torch.ones_like(seen[:, :1]), seen], 1)
     shares = logits[:, :usable.shape[1]].masked_fill(~usable, -math.inf).softmax(-1) * (1 - MIXER_FLOOR)
     return torch.cat([shares[:, :1] + MIXER_FLOOR, shares[:, 1:]], 1)
+
+
+def taps_of(phase: Phase, group: int) -> int:
+    """How many visits outside of groups stand before this one."""
+    return sum(1 for step in itertools.takewhile(lambda step: step.turn is None or step.turn.group != group,
+                                                 phase.steps) if step.turn is None)
 
 
 class GPT(nn.Module):
@@ -3173,11 +4037,15 @@ class GPT(nn.Module):
             if settings.embed_dim else (None, None))
         self.softcaps = make_parameter((2,), "gain", settings.logit_softcap) if settings.asym_logit_rescale else None
         parts = {name: TOKEN_PARTS[name](settings, vocab_size) for name in token_parts(settings)}
-        self.bigram, self.smear, self.values = map(parts.get, ("bigram", "smear", "values"))
+        self.bigram, self.smear, self.blend, self.values = map(parts.get, ("bigram", "smear", "blend", "values"))
         self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in plan_blocks(settings))
         pairs = dict.fromkeys(pair for phase in self.phases for pair in phase.skips())
         self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
                                     for a, b in pairs})
+        self.loops = nn.ModuleDict({
+            str(group): BETWEEN[name](settings, item.passes[-1][1], taps_of(self.phases[-1], group), str(group))
+            for name in between(settings) for group, item in enumerate(parse_stack(settings.stack)[1])
+            if item.passes[-1][1] > 1})
 
     @property
     def softcap(self) -> float | Tensor:
@@ -3192,7 +4060,8 @@ class GPT(nn.Module):
             e = self.embed_proj(e, "embed_proj", deltas)
         for part in (self.bigram, self.smear):
             e = e if part is None else part(e, tokens, deltas)
-        return rms_norm(e, self.settings.norm_eps)
+        e = rms_norm(e, self.settings.norm_eps)
+        return e if self.blend is None else self.blend(e, tokens, deltas)
 
     def head_input(self, hidden: Tensor, deltas: Deltas | None = None) -> Tensor:
         """What is multiplied by the embedding: hidden (..., D), or its projection where the embedding is factored."""
@@ -3211,36 +4080,48 @@ class GPT(nn.Module):
         return F.linear(hidden.float(), self.mixer_head[:, :-1], self.mixer_head[:, -1])
 
 
-def make_forward(model: GPT, phase: int) -> Callable[..., Tensor]:
-    """forward(tokens (B, T), docs, deltas) -> final normalised hidden states (B, T, D), for one phase. docs: document
-    numbers (B, T), spans, or None where every row is one document.
+def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
+    """forward(tokens (B, T), docs, deltas) -> final normalised hidden states (B, T, D), for one phase or the number of
+    one. docs: document numbers (B, T), spans, or None where every row is one document.
 
     Everything that depends on the plan is resolved here, so that the function compiles to one graph.
     """
     settings, bound, merge = model.settings, [], FINAL_LANES[model.settings.parallel_final_lane]
-    for step in model.phases[phase].steps:
+    steps = (phase if isinstance(phase, Phase) else model.phases[phase]).steps
+    scales, tapped = settings.crawler_loop_rope_scales, bool(settings.crawler_tap_dim)
+    letters = {block.letter for block in parse_stack(settings.stack)[0]}
+    attends, recurrent = "A" in letters, letters > {"A"} or "A" not in letters
+    for step in steps:
         sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
-        source = None if step.source is None else model.phases[phase].steps[step.source].block
-        skip = None if source is None else model.skips[f"{source}_{step.block}"]
-        bound.append((step, model.blocks[step.block], skip, sites))
+        skip = None if step.source is None else model.skips[f"{steps[step.source].block}_{step.block}"]
+        loop = model.loops[str(step.turn.group)] if step.turn and step.turn.first and model.loops else None
+        stretch = scales[min(step.turn.number, len(scales) - 1)] if step.turn and scales else 1.0
+        bound.append((step, model.blocks[step.block], skip, loop, stretch, sites))
 
     def forward(tokens: Tensor, docs: "Tensor | Spans | None", deltas: Deltas | None = None) -> Tensor:
-        mask = docs if model.packed and isinstance(docs, Spans) else attention_mask(docs, tokens.shape)
+        packed = model.packed and isinstance(docs, Spans)
+        numbers = docs if docs is None or packed and not recurrent else _numbers(docs, tokens.shape)
+        mask = docs if packed else attention_mask(numbers, tokens.shape) if attends else None
         x = model.embed(tokens, deltas)  # (B, T, D)
         embedded = None if model.values is None else model.values(tokens, model.dtype, deltas)
-        context, x0, lane, kept = Context(mask, embedded, None), x, None, {}
-        for step, block, skip, sites in bound:
+        context, x0, lane, kept, made, held = Context(mask, numbers, embedded, None), x, None, {}, [], {}
+        for step, block, skip, loop, stretch, sites in bound:
             if step.lanes and lane is None:
                 lane = x
             elif lane is not None and not step.lanes:
                 x, lane = merge(x, lane), None
             if skip is not None:
                 x = skip(x, kept.pop(step.source))
-            x, lane, values = block(x, lane, x0, context, sites, deltas)
+            if loop is not None:
+                held = held if step.turn.number else loop.enter(x, made, deltas)
+                x = loop(x, step.turn.number, held, deltas)
+            x, lane, values = block(x, lane, x0, context._replace(stretch=stretch), sites, deltas)
             if settings.value_residual and context.first is None:
                 context = context._replace(first=values)
             if step.keep:
                 kept[step.visit] = x
+            if tapped and step.turn is None:
+                made.append(x)
         return rms_norm(x if lane is None else merge(x, lane), settings.norm_eps)
 
     return forward
@@ -3256,7 +4137,7 @@ class SiteProbe(dict):
         return lambda y, x: self.setdefault(site, (x.shape[-1], y.shape[-1])) and y
 
 
-def site_shapes(model: GPT, phase: int) -> dict[str, tuple[int, int]]:
+def site_shapes(model: GPT, phase: "int | Phase") -> dict[str, tuple[int, int]]:
     """(in, out) of every named site of one phase, in the order of the forward, the head last."""
     probe, tokens = SiteProbe(), torch.zeros(1, 2, dtype=torch.long, device=model.tok_emb.device)
     with torch.no_grad():
@@ -3264,7 +4145,7 @@ def site_shapes(model: GPT, phase: int) -> dict[str, tuple[int, int]]:
     return dict(probe.items())
 
 
-def make_loss(model: GPT, phase: int, head_loss: float = 0.0) -> Callable[..., Tensor]:
+def make_loss(model: GPT, phase: "int | Phase", head_loss: float = 0.0) -> Callable[..., Tensor]:
     """loss(tokens, targets, docs, lessons) -> mean nats of a batch, a scalar, for one phase of the plan. Lessons weigh
     the targets, and teach the mixer head which expert to trust, beside the model's chances as they are."""
     forward = make_forward(model, phase)
@@ -3287,6 +4168,29 @@ def make_loss(model: GPT, phase: int, head_loss: float = 0.0) -> Callable[..., T
 
 # Deviations of what starts normally distributed; 0 is TIED_EMBED_INIT_STD.
 NORMAL_STARTS = {"normal": 0.0, "faint": 0.005, "value": 0.01}
+LEAST_PACE, MOST_PACE = 0.001, 0.1
+
+
+def _start_decay(fresh: Tensor, generator: torch.Generator) -> None:
+    """Logarithms of rates uniform in [1, 16]."""
+    fresh.uniform_(1, 16, generator=generator).log_()
+
+
+def _start_pace(fresh: Tensor, generator: torch.Generator) -> None:
+    """What softplus makes log-uniform in [LEAST_PACE, MOST_PACE]."""
+    pace = fresh.uniform_(math.log(LEAST_PACE), math.log(MOST_PACE), generator=generator).exp_()
+    fresh.copy_(pace + torch.log(-torch.expm1(-pace)))
+
+
+def _start_position(fresh: Tensor, generator: torch.Generator) -> None:
+    """Orthonormal rows times 0.01."""
+    nn.init.orthogonal_(fresh, 0.01, generator=generator)
+
+
+# Starts of recurrent mixers and of loops.
+STARTS: dict[str, Callable[[Tensor, torch.Generator], None]] = {
+    "decay": _start_decay, "pace": _start_pace, "position": _start_position,
+    "forget": lambda fresh, generator: fresh.copy_(torch.linspace(3, 6, len(fresh)))}
 
 
 def init_weights(model: GPT, seed: int) -> None:
@@ -3297,8 +4201,10 @@ def init_weights(model: GPT, seed: int) -> None:
         start = parameter.start
         if start in NORMAL_STARTS:
             fresh.normal_(std=NORMAL_STARTS[start] or model.settings.tied_embed_init_std, generator=generator)
+        elif start in STARTS:
+            STARTS[start](fresh, generator)
         elif start == "uniform":
-            bound = parameter.shape[1] ** -0.5
+            bound = parameter.shape[-1] ** -0.5
             fresh.uniform_(-bound, bound, generator=generator)
         elif start == "orthogonal":
             nn.init.orthogonal_(fresh, generator=generator)
@@ -3343,16 +4249,34 @@ def count_roles(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def mixer_flops(settings: ModelSettings, block: BlockPlan, length: int) -> float:
+    """FLOPs of one token in one mixer: its matrices, and attention over the mean context or a chunked recurrence."""
+    width, heads, key, value, size = settings.model_dim, block.heads, block.key, block.value, settings.mixer_chunk
+    attention = 4 * width * length / 2
+    if block.letter == "A":
+        gate = block.heads * (width if block.gate.dense else settings.gate_window) if block.gate else 0
+        return 2 * (2 * width * width + 2 * width * width * block.kv_heads / heads + gate) + attention
+    matrices = 2 * width * heads * (2 * key + (2 + block.gated) * value)
+    # Within a chunk: two products of keys, the solve, one sum; with the state: read twice, written once.
+    total = matrices + 2 * heads * (size * (2.5 * key + 1.5 * value) + 3 * key * value)
+    if block.letter == "T" and settings.titans_depth == 2:
+        total += 2 * heads * 2 * key * (4 * (key + value) + 2 * size)
+    return total + (2 * attention if block.letter == "T" and settings.titans_context else 0)
+
+
 def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length: int) -> int:
     """FLOPs of one token's forward: two a weight of every matrix and visit, attention over the mean context, head."""
     blocks, width = plan_blocks(settings), settings.model_dim
     total = 2 * vocab_size * (settings.embed_dim or width) + 4 * width * settings.embed_dim
     total += 2 * width * settings.bigram_dim * bool(settings.bigram_vocab_size)
     total += 2 * settings.ve_dim * width * settings.num_kv_heads / settings.num_heads * any(b.embedded for b in blocks)
-    for block in (blocks[step.block] for step in phase.steps):
-        gate = block.heads * (width if block.gate.dense else settings.gate_window) if block.gate else 0
-        total += 2 * (2 * width * width + 2 * width * width * block.kv_heads / block.heads + 2 * width * block.hidden
-                      + gate) + 4 * width * length / 2
+    for step in phase.steps:
+        block = blocks[step.block]
+        total += 4 * width * block.hidden
+        total += mixer_flops(settings, block, length)
+        if step.turn and step.turn.first:
+            product = settings.loop_instructions in ("static", "flow")
+            total += 4 * width * (settings.inst_dim * product + settings.anchor_dim * (step.turn.number > 0))
     return round(total)
 
 
@@ -3753,10 +4677,31 @@ def check_same_weights(model: nn.Module, world: World) -> None:
 
 
 @torch.no_grad()
+def qat_parts(model: GPT, settings: ArtifactSettings) -> list[str]:
+    """The parameters that QAT_START concerns: all, or those of blocks in ( ) groups."""
+    looped = tuple(f"blocks.{step.block}." for step in model.phases[-1].steps if step.turn)
+    return [name for name, _ in model.named_parameters() if settings.qat_parts == "all" or name.startswith(looped)]
+
+
 def store_weights(model: nn.Module, routes: Mapping[str, Route]) -> None:
-    """Replace every parameter by what its route makes of it."""
+    """Replace the named parameters by what their routes make of them."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(project(parameter, routes[name]))
+        if name in routes:
+            parameter.copy_(project(parameter, routes[name]))
+
+
+def shake_weights(model: nn.Module, routes: Mapping[str, Route], seed: int) -> None:
+    """Add uniform noise of one step of its grid to every named parameter that has one."""
+    for name, parameter in model.named_parameters():
+        form = FORMATS[routes[name].format] if name in routes else None
+        if form is None or form.measure is None:
+            continue
+        rows, generator = as_rows(parameter.detach()), torch.Generator(parameter.device)
+        generator.manual_seed(stream_seed(seed, name))
+        step = make_grid(form.measure(rows, routes[name], form.bits), routes[name], rows.shape[1], form.low,
+                         form.high).step
+        noise = torch.empty_like(rows).uniform_(-0.5, 0.5, generator=generator) * step
+        parameter.add_(noise.view_as(parameter))
 
 
 class Coverage:
@@ -3818,7 +4763,9 @@ class Trainer:
         self.began, self.earlier = log.clock() if began is None else began, 0.0
         self.optimizer = Optimizer(model, config.optim, world, model.dtype)
         self.average = Average(model, config.optim.ema_decay)
-        self.routes = routes_of(model, config.artifact)
+        routes = routes_of(model, config.artifact)
+        self.routes = {name: routes[name] for name in qat_parts(model, config.artifact)}
+        self.short = plan_phase(model.settings, 0.0, 1) if cadences(config.train) != {1} else None
         self.micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
         if self.micros % world.size:
             raise ConfigError(f"NPROC={world.size}: must divide the {self.micros} micro-batches of a step "
@@ -3906,14 +4853,26 @@ class Trainer:
         """The phases and contexts that occur together, in their order. A packed row has one shape for all contexts."""
         plan, knots = self.model.phases, parse_seq_schedule(self.config.train)
         starts = sorted({phase.start for phase in plan} | {start for start, _ in knots})
-        return list(dict.fromkeys((phase_at(plan, frac), knots[-1][1] if self.model.packed else
-                                   length_at(self.config.train, frac)) for frac in starts))
+        found = dict.fromkeys((phase_at(plan, frac), knots[-1][1] if self.model.packed else
+                               length_at(self.config.train, frac)) for frac in starts)
+        short = dict.fromkeys((len(plan), length) for _, length in found) if self.short else {}
+        return [*found, *short]
+
+    def plan_at(self, progress: Progress) -> int:
+        """The number of the next step's plan: the phase's, or by cadence the one with one pass of each group, which
+        stands behind them. Source: clowncar's micro crawler."""
+        phase, train = phase_at(self.model.phases, progress.frac), self.config.train
+        rate = rate_factor(self.config.optim, progress)
+        cadence = (train.crawler_cadence_early if rate > 0.5 else train.crawler_cadence_main if rate > 0.2 else
+                   train.crawler_cadence_late)
+        return phase if cadence and self.step % cadence == 0 else len(self.model.phases)
 
     def warm_up(self) -> None:
         """Compile and run every phase in every context on random tokens before the clock starts; no weight changes."""
         settings = self.config.train
         self.losses = [make_compiled(make_loss(self.model, phase, self.config.ngram.ngram_head_loss), self.compiled,
-                                     replayed=self.replayed) for phase in range(len(self.model.phases))]
+                                     replayed=self.replayed)
+                       for phase in (*self.model.phases, *([self.short] if self.short else []))]
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
         drawn = torch.randint(BOS + 3, self.config.data.vocab_size, (settings.micro_batch_tokens + 1,),
                               generator=generator)
@@ -3969,16 +4928,21 @@ class Trainer:
         return limit - self.reserve - self.before if limit else math.inf
 
     @contextlib.contextmanager
-    def as_stored(self, frac: float) -> Iterator[None]:
-        """From QAT_START on, the parameters inside the block are what the artifact would hold of them. The compiled
-        graph takes parameters as they are, so nothing in it has to be switched; gradients go straight to the
-        weights."""
-        if frac < self.config.artifact.qat_start or self.config.artifact.qat_start == 1:
+    def as_stored(self, frac: float, training: bool = False) -> Iterator[None]:
+        """From QAT_START on, the parameters of QAT_PARTS inside the block are what the artifact would hold of them or,
+        while `training` with noise, near what they are. The compiled graph takes parameters as they are, so nothing in
+        it has to be switched; gradients go straight to the weights."""
+        settings = self.config.artifact
+        noisy = settings.qat_kind == "noise"
+        if frac < settings.qat_start or settings.qat_start == 1 or noisy and not training:
             yield
             return
         with torch.no_grad():
             held = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
-            store_weights(self.model, self.routes)
+            if noisy:
+                shake_weights(self.model, self.routes, stream_seed(self.config.run.seed, "noise", self.step))
+            else:
+                store_weights(self.model, self.routes)
         try:
             yield
         finally:
@@ -4052,11 +5016,11 @@ class Trainer:
 
     def one_step(self, progress: Progress) -> None:
         """Gradients, update, average; the log follows when the loss is there."""
-        phase, length = phase_at(self.model.phases, progress.frac), length_at(self.config.train, progress.frac)
+        phase, length = self.plan_at(progress), length_at(self.config.train, progress.frac)
         if length != self.length:
             self.length, self.changed_at = length, self.step
             self.log.line(f"step:{self.step} context:{length}")
-        with self.as_stored(progress.frac):
+        with self.as_stored(progress.frac, training=True):
             loss, norm = self.gradients(phase)
         if self.coverage.still:
             self.coverage.saw_step()
@@ -4124,11 +5088,39 @@ class Trainer:
                       f"val_bpb:{bpb:.4f} train_time:{seconds * 1000:.0f}ms "
                       f"step_avg:{seconds * 1000 / max(1, self.step):.2f}ms")
         self.log.event("val", step=self.step, val_loss=nats, val_bpb=bpb, train_seconds=seconds)
+        self.tell_loops()
         if self.board is not None:
             self.board.add_scalar("val_bpb", bpb, self.step)
         if not self.config.train.strict_clock:
             self.watch.start()
         self.landed_at = self.watch.seconds()
+
+    def tell_loops(self) -> dict[str, list[float]]:
+        """How much is added before each pass of a group, over the norm of the stream there, on training rows: a channel
+        that is dead shows as 0. Group -> shares of its passes."""
+        if not self.model.loops:
+            return {}
+        shares: dict[str, dict[int, float]] = {}
+
+        def watch(group: str, number: int) -> Callable[[Tensor, Tensor], Tensor]:
+            def share(y: Tensor, x: Tensor) -> Tensor:
+                found = float((y - x).float().norm() / x.float().norm().clamp_min(1e-30))
+                shares.setdefault(group, {})[number] = found
+                return y
+            return share
+
+        taps = {f"loops.{group}.pass.{number}": watch(group, number) for group, loop in self.model.loops.items()
+                for number in range(loop.passes)}
+        batch = self.batches.micro(0, self.world)
+        with torch.no_grad():
+            make_forward(self.model, len(self.model.phases) - 1)(batch.tokens, batch.docs, taps)
+        told = {group: [round(found.get(number, 0.0), 5) for number in range(self.model.loops[group].passes)]
+                for group, found in shares.items()}
+        for group, found in told.items():
+            self.log.line(f"step:{self.step} loop {group}: added before each pass, over the stream: "
+                          + " ".join(f"{share:.4f}" for share in found))
+        self.log.event("loops", step=self.step, added=told)
+        return told
 
     def save(self, finished: bool) -> None:
         """Write the checkpoint on rank 0: copied here, written beside the next steps. The last one is waited for."""
@@ -4172,6 +5164,7 @@ class Trainer:
             self.watch.stop()
             self.save(finished=True)
         check_same_weights(self.model, self.world)
+        loops = self.tell_loops()
         memory = peak_memory_bytes(self.world.device)
         if self.world.device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved(self.world.device)
@@ -4182,7 +5175,7 @@ class Trainer:
         seconds = self.watch.seconds()
         return {"steps": self.step, "tokens": tokens, "seconds": seconds,
                 "tokens_per_second": tokens / seconds if seconds else 0.0, "final_train_loss": self.last_loss,
-                "peak_memory_bytes": memory}
+                "peak_memory_bytes": memory, **({"added_before_passes": loops} if loops else {})}
 
     def _open_bar_and_board(self) -> None:
         """Progress bar on a terminal, curves for TensorBoard; rank 0 only."""
@@ -6706,13 +7699,17 @@ def used_rows(config: Config) -> dict[str, set[str]]:
     factors = {LEFT_FACTOR.format, RIGHT_FACTOR.format} if config.artifact.lqer_rank else set()
     auto = set(AUTO_CODECS) if "auto" in config.artifact.codec else set()
     trits = {"3", "s"} if "ternary" in named["format"] else set()
+    letters = {block.letter for block in parse_stack(config.model.stack)[0]}
     return {"PRESETS": {config.run.preset}, "OVERLAYS": {config.run.overlay} - {""},
             "FORMATS": named["format"] | factors, "SOLVERS": {"nearest", *named["solver"]},
             "CODECS": {*config.artifact.codec, *named["codec"], *auto} - {"auto"}, "LAYOUTS": {"r", "c", "b", *trits},
             "REFINEMENTS": set(squeeze_steps(config.artifact)) & set(REFINEMENTS),
             "CORRECTIONS": set(squeeze_steps(config.artifact)) & set(CORRECTIONS),
-            "MIXERS": {block.letter for block in parse_stack(config.model.stack)[0]},
-            "TOKEN_PARTS": set(token_parts(config.model)), "ATTN_GATES": {config.model.attn_gate} - {"none"},
+            "MIXERS": letters, "KERNELS": set(kernels_of(config.model)),
+            "STARTS": {*(["decay", "pace"] if "G" in letters else []), *(["forget"] if "X" in letters else []),
+                       *(["position"] if config.model.loop_instructions == "position" else [])},
+            "TOKEN_PARTS": set(token_parts(config.model)), "BETWEEN": set(between(config.model)),
+            "ATTN_GATES": {config.model.attn_gate} - {"none"},
             "FINAL_LANES": {config.model.parallel_final_lane},
             "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval},
             "GATES": {config.ngram.ngram_gate} if "ngram" in config.eval.eval else set(),
@@ -6724,7 +7721,8 @@ def check_rows(config: Config) -> None:
     tables = {"FORMATS": FORMATS, "SOLVERS": SOLVERS, "CODECS": CODECS, "MIXERS": MIXERS, "EVALUATORS": EVALUATORS,
               "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
               "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
-              "FINAL_LANES": FINAL_LANES}
+              "FINAL_LANES": FINAL_LANES, "KERNELS": KERNELS, "STARTS": STARTS,
+              "BETWEEN": BETWEEN}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]
@@ -6738,7 +7736,7 @@ def needs_calibration(routes: Mapping[str, Route], settings: ArtifactSettings) -
 
 def make_skeleton(config: Config) -> GPT:
     """The configured network without memory for its parameters: names, shapes, roles."""
-    kernels, _ = pick_kernels("reference", torch.device("cpu"))
+    kernels, _ = pick_kernels("reference", torch.device("cpu"), settings=config.model)
     with torch.device("meta"):
         model = GPT(config.model, config.data.vocab_size, kernels, torch.float32)
     check_roles(model)
@@ -6933,10 +7931,11 @@ def stage_train(run: Run) -> None:
 def exported_weights(run: Run, held: Checkpoint) -> dict[str, Tensor]:
     """What training ended with, as its forward used it: the average where there is one, projected where QAT was on."""
     weights = held.average or held.weights
-    if run.config.artifact.qat_start == 1:
+    if run.config.artifact.qat_start == 1 or run.config.artifact.qat_kind == "noise":
         return weights
-    routes = routes_of(run.new_model(), run.config.artifact)
-    return {name: project(weight, routes[name]) for name, weight in weights.items()}
+    model = run.new_model()
+    routes, stored = routes_of(model, run.config.artifact), qat_parts(model, run.config.artifact)
+    return {name: project(weight, routes[name]) if name in stored else weight for name, weight in weights.items()}
 
 
 def finished_checkpoint(run: Run) -> Checkpoint:
@@ -6962,8 +7961,13 @@ def collect(run: Run, model: GPT, rows: Batches, count: int) -> tuple[Calibratio
                            run.world)
 
     sites, routes = weight_sites(model), routes_of(model, settings)
-    # One step with every site at once, or block by block with what was solved before in its stored form.
+    # One step with every site at once; or first what stands outside of ( ) groups, then the groups on what comes from
+    # there in its stored form; or block by block with all that was solved before.
     steps = [list(sites)]
+    if settings.loop_aware_gptq:
+        inside = {f"blocks.{step.block}." for step in model.phases[-1].steps if step.turn}
+        looped = [name for name in sites if name.startswith(("loops.", *inside))]
+        steps = [[name for name in sites if name not in looped], looped]
     if settings.gptq_sequential:
         blocks = dict.fromkeys(name.rsplit(".", 3)[0] if name.startswith("blocks.") else name
                                for name in sorted(sites, key=lambda name: sites[name][0] == "head"))
@@ -7499,6 +8503,21 @@ def published_lines(config: Config, count: int) -> list[str]:
         "" if found == preset.published else f"  differs by {found - preset.published:+,}: other settings")]
 
 
+USUAL_SIGMAS = 12.85  # where the challenge's int6 grids ended in the spring of 2026
+
+
+def sigma_lines(config: Config, model: GPT, code_bytes: int) -> list[str]:
+    """Where grids end at a quantile and steps are not fitted, what the file would be with grids that end at
+    USUAL_SIGMAS deviations instead."""
+    settings = config.artifact
+    if settings.fit or settings.matrix_clip_sigmas or not any(can_stretch(route) and not route.sigmas for route in
+                                                              routes_of(model, settings).values()):
+        return []
+    other = dataclasses.replace(settings, matrix_clip_sigmas=USUAL_SIGMAS, embed_clip_sigmas=USUAL_SIGMAS)
+    total = sum(forecast_fitted(model, other, code_bytes).values()) + code_bytes
+    return [f"{'':<12}{'':>14}{'':>8}{round(total):>16,}  with MATRIX_CLIP_SIGMAS and EMBED_CLIP_SIGMAS {USUAL_SIGMAS}"]
+
+
 def plan_report(config: Config, code_bytes: int) -> str:
     """--plan: layer plan, parameters by role, predicted bytes, training FLOPs. No data, no GPU, no weights."""
     model = make_skeleton(config)
@@ -7514,7 +8533,8 @@ def plan_report(config: Config, code_bytes: int) -> str:
     lines += [f"{'container':<12}{'':>14}{'':>8}{round(forecast['container']):>16,}",
               f"{'code':<12}{'':>14}{'':>8}{code_bytes:>16,}",
               f"{'total':<12}{sum(roles.values()):>14,}{'':>8}{round(total):>16,}  "
-              f"of {config.artifact.target_bytes:,}", *published_lines(config, sum(roles.values())), ""]
+              f"of {config.artifact.target_bytes:,}", *sigma_lines(config, model, code_bytes),
+              *published_lines(config, sum(roles.values())), ""]
     for phase in plan_layers(config.model):
         flops = 3 * forward_flops(config.model, config.data.vocab_size, phase, config.train.train_seq_len)
         step = flops * config.train.train_batch_tokens

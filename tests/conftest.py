@@ -72,7 +72,7 @@ def small_config(**more: object) -> train_gpt.Config:
 def make_model(config: train_gpt.Config, seed: int = 0, shake: float = 0.0) -> train_gpt.GPT:
     """The configured model on the CPU in its compute dtype; `shake` adds noise to every parameter, so that branches
     that start at zero take part."""
-    kernels, _ = train_gpt.pick_kernels(config.system.kernels, torch.device("cpu"))
+    kernels, _ = train_gpt.pick_kernels(config.system.kernels, torch.device("cpu"), settings=config.model)
     dtype = train_gpt.pick_dtype(config.system.compute_dtype, torch.device("cpu"))
     model = train_gpt.GPT(config.model, config.data.vocab_size, kernels, dtype)
     train_gpt.init_weights(model, seed)

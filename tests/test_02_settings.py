@@ -1,6 +1,7 @@
 """SETTINGS: parsing, bounds, rules, the STACK language."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT, SMALL, small_config
@@ -69,6 +70,9 @@ BROKEN_RULES = [
     ["VE_LAYERS=4"], ["XSA_LAST_N=5"], ["WD_TAPER_FINAL_MULT=0.5"], ["GATE_WINDOW=33"],
     ["TRIGRAM=1"], ["BIGRAM_VOCAB_SIZE=1"],
     ["ASYM_LOGIT_RESCALE=1", "LOGIT_SOFTCAP=0"], ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"],
+    ["PERSISTENT_SLOTS=2"], ["TITANS_CONTEXT=1", "STACK=T{value=2}"], ["EFLA=1", "ALLOW_NEG_EIGVAL=1"],
+    ["LOOP_INSTRUCTIONS=flow"], ["CRAWLER_TAP_DIM=2", "STACK=(A)*2 A"], ["CRAWLER_CADENCE_LATE=2", "STACK=A (A)*2"],
+    ["LOOP_AWARE_GPTQ=1", "SOLVER=nearest", "STACK=(A)*2"], ["QAT_PARTS=loops"],
     ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"],
     ["EVAL_BATCH_TOKENS=63"], ["TTT_CHUNK_SIZE=65", "TTT_EVAL_SEQ_LEN=64"],
     ["TTT_SHORT_SCORE_FIRST_STEPS=8:2,90:65", "TTT_EVAL_SEQ_LEN=64", "TTT_CHUNK_SIZE=8"],
@@ -102,9 +106,11 @@ def test_environment_near_miss_and_renamed_names_are_faults():
     load_config([], pod, gpus=0)
 
 
-@pytest.mark.parametrize("stack", ["A{heads=5}", "A{heads=64}", "A{heads=4,kv=3}"])
+@pytest.mark.parametrize("stack", ["A{heads=5}", "A{heads=64}", "A{heads=4,kv=3}", "D{heads=3}", "X{key=0}",
+                                   "G{value=0.3}", "T{heads=64,key=0.5}"])
 def test_overrides_that_do_not_fit_the_width_are_found_before_any_work(stack):
-    assert f"STACK={stack}: heads=" in fault(*(f"{name}={value}" for name, value in {**SMALL, "STACK": stack}.items()))
+    said = fault(*(f"{name}={value}" for name, value in {**SMALL, "STACK": stack}.items()))
+    assert re.search(re.escape(f"STACK={stack}: ") + "([DGXT] with )?heads=", said)
 
 
 def test_words_win_over_environment():
@@ -142,7 +148,7 @@ def test_stack_order(stack, order):
     "[A]0",
     "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*1..4~2", "[A]99999",
     "A99999999999", "A3 A0",
-    "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}",
+    "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}", "D{conv=1.5}", "K",
     "(A)*2@0.1*3@0.2*4@0.3*5@0.4*6@0.5*7@0.6*8@0.7*9@0.8*10@0.9"])
 def test_bad_stack_is_a_clear_fault(stack):
     with pytest.raises(ConfigError, match="STACK="):
@@ -155,3 +161,10 @@ def test_stack_overrides_reach_the_block():
     assert model.blocks[0].mlp is None
     assert model.blocks[1].mlp.up.weight.shape == (96, 32)
     assert model.blocks[1].mixer.k.weight.shape == (16, 32)
+    model = make_model(small_config(STACK="G{mlp=0,heads=4,key=0.5,value=2,conv=0,gate=0} D A{xsa=1} A{xsa=0}",
+                                    XSA_LAST_N=1))
+    mixer, plain = model.blocks[0].mixer, model.blocks[1].mixer
+    assert mixer.q.weight.shape == (16, 32) and mixer.v.weight.shape == (64, 32) and len(mixer.gates) == 8
+    assert mixer.gate is None and not mixer.convs and model.blocks[0].mlp is None
+    assert plain.gate.weight.shape == (32, 32) and plain.convs["k"].shape == (32, 4)
+    assert [model.blocks[i].mixer.plan.exclusive for i in (2, 3)] == [True, False]

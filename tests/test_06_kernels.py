@@ -105,7 +105,8 @@ def test_bf16_attention_is_as_near_as_bf16_allows(length):
 
 
 def test_every_kernel_has_a_case():
-    assert {name for name, _ in CASES} == set(KERNELS)
+    """Those of recurrences stand in test_06_recurrences.py."""
+    assert {name for name, _ in CASES} | {"delta", "mlstm", "titans", "deep"} == set(KERNELS)
 
 
 def test_attention_reference_is_the_textbook_sum():

@@ -33,7 +33,8 @@ from train_gpt import (
 )
 
 LENGTH = 24
-STACKS = ["A3", "(A)*5", "A (A2)*2@0.5 A2", "A{mlp=0} A{heads=4,kv=2}"]
+STACKS = ["A3", "(A)*5", "A (A2)*2@0.5 A2", "A{mlp=0} A{heads=4,kv=2}", "D2", "G2", "X2", "T2", "[G X]2 A",
+          "D{mlp=0,gate=0} A{xsa=1}"]
 
 
 def preset_config(preset, **more):
@@ -59,9 +60,19 @@ PARTS = {"values": {"VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "ATTN_
          "plain": {"XSA_LAST_N": 0, "ATTN_GATE": "none", "SMEAR_GATE_ENABLED": 0, "LN_SCALE": 0,
                    "PARALLEL_START_LAYER": 0, "SKIP_GATES_ENABLED": 0},
          "full stack": {"STACK": "A3 (A3)*3@0.35 A5", "PARALLEL_START_LAYER": 8, "XSA_LAST_N": 11}}
+# Recurrent mixers, and what tells the passes of a group apart.
+MIXERS_AND_LOOPS = {"deep memory": {"STACK": "T2", "TITANS_DEPTH": 2, "MIXER_CHUNK": 9},
+         "memory as context": {"STACK": "T A T{conv=0}", "TITANS_CONTEXT": 1, "PERSISTENT_SLOTS": 3, "MIXER_CHUNK": 8},
+         "free keys": {"STACK": "D G{heads=1}", "EFLA": 1, "EXPAND_K": 0.75, "EXPAND_V": 1.5},
+         "negative eigenvalues": {"STACK": "D{gate=0} G", "ALLOW_NEG_EIGVAL": 1, "MIXER_GATE": 1, "MIXER_CHUNK": 5},
+         "flow": {"STACK": "A2 (A D{mlp=0})*3 A2", "LOOP_SKIPS": 0, "LOOP_INSTRUCTIONS": "flow", "INST_DIM": 4,
+                  "CRAWLER_TAP_DIM": 4, "ANCHOR_DIM": 4, "CRAWLER_LOOP_ROPE_SCALES": "9,1"},
+         "static": {"STACK": "A (A)*2@0.5*3@0.7", "LOOP_INSTRUCTIONS": "static", "INST_DIM": 4, "ANCHOR_DIM": 3},
+         "position": {"STACK": "(A{xsa=1} X)*2 A{xsa=0} (G)*2", "LOOP_INSTRUCTIONS": "position", "SMEAR_CHANNELS": 1}}
 CONFIGS = [*(pytest.param(preset_config(preset), id=preset) for preset in PRESETS),
            *(pytest.param(preset_config("sixteen", STACK=stack), id=stack) for stack in STACKS),
            *(pytest.param(preset_config("caseops", **parts), id=name) for name, parts in PARTS.items()),
+           *(pytest.param(preset_config("sixteen", **parts), id=name) for name, parts in MIXERS_AND_LOOPS.items()),
            pytest.param(preset_config("baseline", KERNELS="reference", UNET_SKIPS=0), id="reference kernels")]
 
 
@@ -161,12 +172,24 @@ def test_zero_deltas_change_nothing_and_others_change_every_site(config):
 def site_shapes(model, phase, tokens, docs):
     """Inputs and outputs of every site of a phase, from the modules behind them."""
     width, shapes = model.settings.model_dim, {}
+    steps = model.phases[phase].steps
+    # Of a loop only what belongs to the passes of this phase, and the whole of what is added before each.
+    passes = {(str(step.turn.group), step.turn.number) for step in steps if step.turn and model.loops}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and not name.startswith("blocks.") and name != "head_proj":
             shapes[name] = module.weight.shape[::-1]
+            if name.startswith("loops.") and name.rpartition(".")[2].isdigit() and ".tap_in." not in name:
+                _, group, kind, number = name.split(".")
+                if (group, int(number) + kind.startswith("anchor")) not in passes:
+                    del shapes[name]
+    for group, number in passes:
+        kinds = model.settings
+        if kinds.loop_instructions != "none" or kinds.crawler_tap_dim or number:
+            shapes[f"loops.{group}.pass.{number}"] = (width, width)
     for step in model.phases[phase].steps:
         block = model.blocks[step.block]
-        parts = {name: getattr(block.mixer, name).weight.shape for name in "qkvo"} | {"attn": (width, width)}
+        parts = {name: getattr(block.mixer, name).weight.shape for name in ("q", "k", "v", "o", "gate")
+                 if getattr(block.mixer, name, None) is not None} | {"attn": (width, width)}
         if block.mlp is not None:
             parts |= {"up": block.mlp.up.weight.shape, "down": block.mlp.down.weight.shape, "mlp": (width, width)}
         assert set(parts) <= set(Sites._fields)
@@ -219,7 +242,9 @@ def test_a_packed_row_is_its_documents_one_by_one(config):
         assert not torch.equal(together[:, 20], after[:, 20])
 
 
-@pytest.mark.parametrize("config", [row for row in CONFIGS if row.id in ("caseops", "values", "grams", "lanes")])
+@pytest.mark.parametrize("config", [row for row in CONFIGS if row.id in (
+    "caseops", "values", "grams", "lanes", "flow", "static", "position", "D2", "G2", "X2", "T2", "deep memory",
+    "memory as context")])
 def test_a_training_step_is_one_graph(config):
     """No graph breaks: torch's tracer takes loss and gradient of the last phase whole, and they are the eager ones."""
     model, tokens = case(config)
@@ -254,7 +279,7 @@ def test_lanes_by_hand():
     """One block with lanes: each branch reads its own lane, and both give to both."""
     model = make_model(preset_config("caseops", STACK="A2", PARALLEL_START_LAYER=1, XSA_LAST_N=2), shake=0.2)
     block, x, x0 = model.blocks[1], torch.randn(2, 5, 32), torch.randn(2, 5, 32)
-    lane, context, sites = torch.randn(2, 5, 32), Context(None, None, None), Sites(*Sites._fields)
+    lane, context, sites = torch.randn(2, 5, 32), Context(None, None, None, None), Sites(*Sites._fields)
     scale = 2 ** -0.5
     mixed = block.resid_mix[0] * x + block.resid_mix[1] * x0
     a = block.attn_scale * block.mixer(rms_norm(mixed, block.eps) * scale, context, sites, None)[0]

@@ -361,10 +361,12 @@ def test_every_phase_and_context_that_occurs_is_warmed_up():
     trainer = Trainer.__new__(Trainer)
     trainer.config = small_config(PRESET="caseops", STACK="A (A)*2@0.35 A2", TRAIN_SEQ_SCHEDULE="16@0.1,32@0.7,64@1",
                                   MICRO_BATCH_TOKENS=64)
-    trainer.model = make_model(trainer.config)
+    trainer.model, trainer.short = make_model(trainer.config), None
     assert trainer.shapes() == [(0, 16), (0, 32), (1, 32), (1, 64)]
+    trainer.short = plan_phase(trainer.model.settings, 0.0, 1)  # with a cadence one more, in every context
+    assert trainer.shapes() == [(0, 16), (0, 32), (1, 32), (1, 64), (2, 16), (2, 32), (2, 64)]
     trainer.model.packed = True
-    assert trainer.shapes() == [(0, 64), (1, 64)]
+    assert trainer.shapes() == [(0, 64), (1, 64), (2, 64)]
 
 
 def test_reserve_is_measured_and_the_strict_clock_leaves_room(mini, tmp_path):

@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 WORDS = [word for word in small_words("none", "none", PRESET="baseline", STACK="A2")
          if word.split("=")[0] not in ("DATA_PATH", "RUNS_PATH")]
 QUICK = ["REPEATS=2", *WORDS]
+NEEDED = ["attention", "mean_nats", "mlp"]  # by a stack of attention only
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def test_all_tables_have_all_rows(tmp_path, monkeypatch, capsys, lanes):
         assert row["of peak"] == pytest.approx(row["TFLOP/s"] / found["ceilings"][0]["rate"])
     kernels = found["kernels"]
     assert [(row["operation"], row["form"]) for row in kernels] == [
-        (name, form) for name, kernel in gpt.KERNELS.items() for form in ("reference", *kernel.twins)]
+        (name, form) for name in NEEDED for form in ("reference", *gpt.KERNELS[name].twins)]
     for row in kernels:
         twin = gpt.KERNELS[row["operation"]].twins.get(row["form"])
         reason = twin and twin.unusable(CPU, torch.float32, config.model)
@@ -177,7 +178,7 @@ def test_all_tables_have_all_rows(tmp_path, monkeypatch, capsys, lanes):
         assert row["both at"] == pytest.approx(row["ms floor"] / row["ms both"])
         base = next(other["ms both"] for other in kernels if other["operation"] == row["operation"])
         assert row["speedup"] == pytest.approx(base / row["ms both"])
-    assert [row["operation"] for row in kernels if row["note"] == "in use"] == list(gpt.KERNELS)
+    assert [row["operation"] for row in kernels if row["note"] == "in use"] == NEEDED
     parts = {row["part"]: row for row in found["optimizer"]}
     assert parts["64x32 orthogonalised"]["tensors"] == 2  # the up matrices
     assert parts["64x32 orthogonalised"]["GFLOP"] == pytest.approx(speed.orthogonalize_flops(2, 64, 32, 5) / 1e9)
@@ -204,8 +205,9 @@ def test_a_twin_that_fails_or_lies_has_its_row(tmp_path, monkeypatch, capsys):
                  x, up, 2 * down - down.detach(), slope), usable),
              "lost": gpt.Twin(lambda: lambda *inputs: math.nan * kernel.reference(*inputs), usable)}
     monkeypatch.setitem(gpt.KERNELS, "mlp", kernel._replace(twins=twins))
-    monkeypatch.setattr(gpt, "pick_kernels", lambda *_: (None, [f"kernel:{name} reference" for name in gpt.KERNELS]))
+    monkeypatch.setattr(gpt, "pick_kernels", lambda *_: (None, [f"kernel:{name} reference" for name in [*NEEDED, "another"]]))
     monkeypatch.setitem(gpt.KERNELS, "another", kernel)
+    monkeypatch.setattr(gpt, "kernels_of", lambda settings: [*NEEDED, "another"])
     found = tables(tmp_path, *QUICK, "PARTS=kernels")["kernels"]
     rows = {row["form"]: row for row in found if row["operation"] == "mlp"}
     assert rows["fails"]["note"] == "RuntimeError: no such" and rows["unmade"]["note"] == "ImportError: not here"
@@ -234,14 +236,33 @@ def test_compiled_rows_come_first_and_count_their_graphs(tmp_path, monkeypatch):
                            "step, eager"]
     assert [(row["graphs"], row["breaks"]) for row in found["step, compiled (here)"]] == [(1, 0)]
     assert [(row["graphs"], row["breaks"]) for row in found["step, eager"]] == [(None, None)]
-    assert asked == [True, *[True] * len(gpt.KERNELS), False]
+    assert asked == [True, *[True] * len(NEEDED), False]
     rows = found["kernels, references compiled"]
-    assert [row["operation"] for row in rows] == list(gpt.KERNELS)
+    assert [row["operation"] for row in rows] == NEEDED
     assert all(row["speedup"] > 0 and row["value error"] == 0 for row in rows)
     assert list(tables(tmp_path, *QUICK, "COMPILED=1", "PARTS=step", "THREADS=2")) == [
         "ceilings", "step, compiled (here)"]
     assert torch.get_num_threads() == 1  # as it was
     assert list(tables(tmp_path, *QUICK, "PARTS=step")) == ["ceilings", "step, eager"]
+
+
+@pytest.mark.parametrize("stack, more, names", [("D X T", [], ["delta", "mlstm", "titans"]),
+                                                ("T", ["TITANS_DEPTH=2"], ["deep"])])
+def test_recurrences_have_their_rows(tmp_path, stack, more, names):
+    found = tables(tmp_path, *QUICK, *more, f"STACK={stack}", "PARTS=kernels", "DOCUMENT_TOKENS=20")["kernels"]
+    rows = {(row["operation"], row["form"]): row for row in found}
+    for name in names:
+        for form in ("reference", "chunked"):
+            row = rows[name, form]
+            assert row["note"] == ("in use" if form == "chunked" else "") and row["ms floor"] > 0
+            assert row["value error"] <= 1e-4 and row["gradient error"] <= 1e-3
+    # Packed for a twin that wants it: the same values behind each other, with spans.
+    for name in names:
+        config = small_config(PRESET="baseline", STACK=stack, **dict(word.split("=") for word in more))
+        plain, packed = speed.CASES[name](speed.Place(config, CPU, torch.float32, 2, 64, 20.0)).draw()
+        chunked = gpt.KERNELS[name].twins["chunked"].make()
+        a, b = chunked(*plain)[0], chunked(*packed)[0]
+        assert torch.allclose(a.flatten(0, 1), b[0], atol=1e-5)
 
 
 def test_a_packed_twin_gets_packed_rows(tmp_path, monkeypatch):
@@ -272,7 +293,7 @@ def test_a_reference_that_is_too_large_stands_beside_a_smaller_size(tmp_path, mo
     assert reference[1]["speedup"] == 1 and sdpa[1]["speedup"] > 0 and sdpa[1]["value error"] < 1e-5
     monkeypatch.setattr(speed, "REFERENCE_SHARE", 0.0)
     found = tables(tmp_path, *QUICK, "PARTS=kernels")["kernels"]
-    assert [row["form"] for row in found if "s a call" in row["note"]] == ["reference"] * len(gpt.KERNELS)
+    assert [row["form"] for row in found if "s a call" in row["note"]] == ["reference"] * len(NEEDED)
 
 
 def test_what_does_not_fit_the_budget_says_so(tmp_path):

@@ -219,7 +219,7 @@ def gaussian_table(coders: list[str], share: float) -> Table:
 def stored_of(folder: Path, words: list[str]) -> dict[str, gpt.Stored]:
     """The tensors of a finished run, rounded to nearest in the formats that its settings and the words say."""
     config = gpt.load_config([f"FROM={folder}", "STAGES=write", *words], {}, gpus=0)
-    kernels, _ = gpt.pick_kernels("reference", torch.device("cpu"))
+    kernels, _ = gpt.pick_kernels("reference", torch.device("cpu"), settings=config.model)
     with torch.device("meta"):
         routes = gpt.routes_of(gpt.GPT(config.model, config.data.vocab_size, kernels, torch.float32), config.artifact)
     held = gpt.load_checkpoint(folder / "checkpoint.pt")
@@ -557,7 +557,7 @@ def measured_pace(folder: Path | None, rows: int) -> tuple[str, gpt.Pace]:
         config, model = held.config, held.model
     else:
         config = gpt.load_config(["PRESET=sixteen", "OVERLAY=tiny"], {}, gpus=0)
-        kernels, _ = gpt.pick_kernels(config.system.kernels, device)
+        kernels, _ = gpt.pick_kernels(config.system.kernels, device, settings=config.model)
         model = gpt.GPT(config.model, config.data.vocab_size, kernels,
                         gpt.pick_dtype(config.system.compute_dtype, device))
         gpt.init_weights(model, config.run.seed)
@@ -670,7 +670,7 @@ def load_run(folder: Path, words: list[str], lanes: int = 1, device: torch.devic
     facts, weights = gpt.load_artifact(path)
     if facts.get("tokenizer_sha256") != data.tokenizer_sha256:
         raise BenchError(f"DATA_PATH={config.data.data_path}: {path} was trained with another tokenizer")
-    kernels, _ = gpt.pick_kernels(config.system.kernels, world.device)
+    kernels, _ = gpt.pick_kernels(config.system.kernels, world.device, settings=config.model)
     model = gpt.make_model_from(facts, weights, kernels, gpt.pick_dtype(config.system.compute_dtype, world.device),
                                 path).to(world.device)
     tokenizer = gpt.load_tokenizer(Path(config.data.tokenizer_path or Path(config.data.data_path) /

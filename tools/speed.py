@@ -319,8 +319,52 @@ def mlp_case(place: Place) -> Case:
                 draw)
 
 
+def recurrence_work(name: str, tokens: int, heads: int, key: int, value: int, gates: int) -> Work:
+    """A token's state is written with a product of its key and what it adds, and read once; the deep memory has two
+    matrices and a forward and a backward of its own. Backward twice that. All in fp32. The reference keeps every
+    state."""
+    hidden = 2 * key
+    state, passes = (hidden * (key + value), 6) if name == "deep" else (key * value, {"titans": 4}.get(name, 3))
+    flops, each = 2 * tokens * heads * passes * state, 4 * tokens * heads * (2 * key + value + gates)
+    return Work(flops, each + 4 * tokens * heads * value, 3 * flops, 3 * each + 8 * tokens * heads * value, 3 * flops,
+                6 * 4 * tokens * heads * state)
+
+
+def recurrence_case(place: Place, name: str) -> Case:
+    """Rows of a micro-batch with the heads of the first block that has this recurrence; documents end within rows."""
+    letters = {letter for letter, operation in gpt.MIXER_KERNELS.items()
+               if operation == ("titans" if name == "deep" else name)}
+    plan = next(plan for plan in gpt.plan_blocks(place.config.model) if plan.letter in letters)
+    rows, length, heads, key, value = place.rows, place.length, plan.heads, plan.key, plan.value
+    docs = None
+    if place.config.data.doc_isolation:
+        tokens = document_stream(rows * length, place.config.data.vocab_size, place.documents).take(0, rows * length)
+        docs = gpt.document_index(torch.from_numpy(tokens.reshape(rows, length)))
+
+    def draw() -> tuple[Inputs, Inputs]:
+        parts = [place.normal(seed, rows, length, heads, channels) for seed, channels in enumerate((key, key, value))]
+        parts[:2] = [torch.nn.functional.normalize(part.float(), dim=-1).to(part.dtype) for part in parts[:2]]
+        raw = [place.normal(3 + seed, rows, length, heads, dtype=torch.float32) for seed in range(3)]
+        shares = [part.sigmoid() for part in raw]
+        gates = {"delta": [shares[0], -shares[1]], "mlstm": raw[:2],
+                 "titans": [1 - shares[0] / 10, shares[1], shares[2]],
+                 "deep": [1 - shares[0] / 10, shares[1], shares[2] / place.config.model.mixer_chunk,
+                          place.normal(6, heads, 2 * key, key, scale=key ** -0.5, dtype=torch.float32),
+                          place.normal(7, heads, value, 2 * key, scale=key ** -0.5, dtype=torch.float32)]}[name]
+        more = (None, place.config.model.mixer_chunk)
+        where = docs if docs is None else docs.to(place.device)
+        spans = gpt.row_spans(np.zeros((rows, length), np.int32) if docs is None else docs.numpy(), place.device)
+        packed = [part.flatten(0, 1)[None] if part.shape[:2] == (rows, length) else part for part in (*parts, *gates)]
+        return (*parts, *gates, where, *more), (*packed, spans, *more)
+
+    moving = 3 + {"delta": 2, "mlstm": 2, "titans": 3, "deep": 5}[name]
+    return Case(f"{rows}x{length}, {heads} heads of {key}/{value}",
+                recurrence_work(name, rows * length, heads, key, value, moving - 3), tuple(range(moving)), draw)
+
+
 CASES: dict[str, Callable[[Place], Case]] = {
-    "attention": attention_case, "mean_nats": mean_nats_case, "mlp": mlp_case}
+    "attention": attention_case, "mean_nats": mean_nats_case, "mlp": mlp_case,
+    **{name: functools.partial(recurrence_case, name=name) for name in ("delta", "mlstm", "titans", "deep")}}
 
 
 class Passes:
@@ -334,12 +378,13 @@ class Passes:
         self.upstream: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """The output, as training computes it: ready for a backward."""
-        return self.function(*self.inputs)
+        """The output, as training computes it: ready for a backward. Of a recurrence without its last state."""
+        out = self.function(*self.inputs)
+        return out[0] if isinstance(out, tuple) else out
 
     def both(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output and the gradients."""
-        out = self.function(*self.inputs)
+        out = self.forward()
         if self.upstream is None:
             generator = torch.Generator(out.device).manual_seed(1)
             shape = (out.numel(),) if out.dim() else ()
@@ -567,15 +612,16 @@ class Speed:
         return ""
 
     def kernels(self) -> Iterator[Fields]:
-        """Every operation's reference and twins, then the references compiled."""
+        """Reference and twins of every operation that the model needs, then the references compiled."""
         self.share(not self.eager)
         rows, compiled = [], []
         _, lines = gpt.pick_kernels(self.config.system.kernels, self.device, self.dtype, self.config.model)
-        used = {name: line.split()[1] for name, line in zip(gpt.KERNELS, lines, strict=True)}
+        names = gpt.kernels_of(self.config.model)
+        used = {name: line.split()[1] for name, line in zip(names, lines, strict=True)}
         base: dict[str, float] = {}
         all_rows = self.config.train.micro_batch_tokens // self.config.train.train_seq_len
         small: dict[str, Case] = {}
-        for name in gpt.KERNELS:
+        for name in names:
             if name not in CASES:
                 rows.append([name, "-", *[None] * (len(KERNEL_COLUMNS) - 3), "no case of it in tools/speed.py"])
                 continue
