@@ -17,7 +17,7 @@ Sections, in order; each uses only what stands above it:
     05 DATA         shards, the manifest, token streams, batches, bytes per token, counts of n-grams
     06 KERNELS      one record an operation: plain reference, fast twin, when the twin is usable
     07 FORMATS      float tensor <-> integer codes and scales; who gets which; the solvers of the codes
-    08 LAYERS       linear with sites, rotary, attention and its gates, feed-forward, parts that read tokens
+    08 LAYERS       linear with sites, rotary, attention and its gates, recurrent mixers, parts that read tokens
     09 MODEL        the layer plan, the block, the one forward, parameter roles
     10 OPTIMIZERS   Muon and AdamW as pure updates, the role table, schedules, weight averaging
     11 TRAINING     compile, warm up, step, log, checkpoint, stop
@@ -26,7 +26,8 @@ Sections, in order; each uses only what stands above it:
     14 MAIN         stages, the run folder, the command line, exit codes
 
 Letters in shapes: B batch, T time, D width, H query heads, K key/value heads, C head channels, F feed-forward width,
-V vocabulary, N visits, R rank. Units: tokens, bytes, seconds, nats (natural log), bits per byte (BPB).
+V vocabulary, N visits, R rank; in recurrences K and V are a head's key and value channels, N chunks of C tokens.
+Units: tokens, bytes, seconds, nats (natural log), bits per byte (BPB).
 """
 
 # ==== 01 IMPORTS ============================================================================================
@@ -503,7 +504,11 @@ RENAMED: dict[str, str] = {
     "TRAIN_SEQ_SCHEDULE_MODE": "the schedule follows the fraction of training", "CASEOPS_ENABLED": "DATA_PATH: the "
     "manifest says how bytes are counted", "COMPILE_SHAPE_WARMUP": "every shape is warmed up",
     "SMEAR_GATE_BOS_FIX": "nothing is smeared over a BOS", "ROPE_YARN": "ROPE_BASE",
-    "TTT_EVAL_ONLY": "STAGES=evaluate,report with FROM", "PREQUANT_ONLY": "STAGES=train"}
+    "TTT_EVAL_ONLY": "STAGES=evaluate,report with FROM", "PREQUANT_ONLY": "STAGES=train",
+    **dict.fromkeys(("USE_CRAWLER", "NUM_FLAT_LAYERS", "NUM_CRAWLER_LAYERS", "CRAWLER_LOOPS", "CRAWLER_MLP_MULT",
+                     "DELTA_NET_HEADS"), "write it into STACK: A2 (A{mlp=4} D{mlp=0,heads=4,gate=0})*4 A2"),
+    "CRAWLER_QUANT_INT8": 'POLICY="blocks.2.*.weight: int8"', "DELTA_NET_QUANT_INT8": "POLICY",
+    "GPTQ_POST_EMA": "the exported weights are calibrated", "GPTQ_CALIB_SAMPLES": "GPTQ_CALIBRATION_BATCHES"}
 
 
 # Ordinary names of other programs that are near misses of a setting.
@@ -8241,10 +8246,11 @@ def stage_reload(run: Run) -> None:
             raise CheckError(f"{run.folder / 'artifact.bin'}: reading it back gives other weights than were written")
         compared = "equal to the weights that were written"
     artifact = run.config.artifact
-    if run.world.first and artifact.qat_start < 1 and (run.source / "checkpoint.pt").exists():
+    exact = artifact.qat_start < 1 and artifact.qat_kind == "stored"
+    if run.world.first and exact and (run.source / "checkpoint.pt").exists():
         trained = exported_weights(run, load_checkpoint(run.source / "checkpoint.pt"))
         routes = routes_of(model, artifact)
-        same = all(torch.equal(weights[name], trained[name]) for name in weights)
+        same = all(torch.equal(weights[name], trained[name]) for name in qat_parts(model, artifact))
         plain = ("write" in run.config.run.stages and not needs_calibration(routes, artifact)
                  and run.result.get("artifact", {}).get("step_factor") == 1)
         if plain and not same:

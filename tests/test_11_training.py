@@ -35,6 +35,7 @@ from train_gpt import (
     main,
     make_loss,
     pick_compile,
+    plan_phase,
     project,
     rate_factor,
     routes_of,
@@ -158,13 +159,22 @@ def test_two_ranks_equal_one(mini, straight, tmp_path):
     assert scores[0]["ledger"] == scores[1]["ledger"]
 
 
+CRAWLER = {"PRESET": "clowncar", "STACK": "A (A{xsa=1} D{mlp=0})*3 [G X]1 T A", "POLICY": "blocks.1.*.weight: int8",
+           "INST_DIM": 4, "CRAWLER_TAP_DIM": 4, "ANCHOR_DIM": 4, "CRAWLER_LOOP_ROPE_SCALES": "9,1",
+           "BIGRAM_VOCAB_SIZE": 31, "BIGRAM_DIM": 8, "CRAWLER_CADENCE_MAIN": 2, "CRAWLER_CADENCE_LATE": 0,
+           "MIXER_CHUNK": 16, "QAT_START": 0.5, "QAT_KIND": "noise", "QAT_PARTS": "loops",
+           "TRAIN_SEQ_SCHEDULE": "32@0.5,64@1"}
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("dtype, near", [("float32", 2e-5), ("bfloat16", 0.03)])
-def test_two_ranks_equal_one_with_every_part(mini, tmp_path, dtype, near):
-    """The record stack with all other parts on as well, over its change of plan and of context."""
-    parts = {"PRESET": "caseops", "VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "BIGRAM_VOCAB_SIZE": 31,
-             "BIGRAM_DIM": 8, "TRIGRAM": 1, "EMBED_DIM": 16, "ASYM_LOGIT_RESCALE": 1, "TRAIN_SEQ_SCHEDULE":
-             "32@0.5,64@1", "WD_TAPER_START_FRAC": 0.5, "WD_TAPER_FINAL_MULT": 0.5, "COMPUTE_DTYPE": dtype}
+@pytest.mark.parametrize("preset", ["caseops", "clowncar"])
+def test_two_ranks_equal_one_with_every_part(mini, tmp_path, dtype, near, preset):
+    """The record stack and the crawler with all other parts on as well, over their changes of plan and of context."""
+    parts = {**CRAWLER, "COMPUTE_DTYPE": dtype} if preset == "clowncar" else {
+        "PRESET": "caseops", "VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "BIGRAM_VOCAB_SIZE": 31,
+        "BIGRAM_DIM": 8, "TRIGRAM": 1, "EMBED_DIM": 16, "ASYM_LOGIT_RESCALE": 1, "TRAIN_SEQ_SCHEDULE": "32@0.5,64@1",
+        "WD_TAPER_START_FRAC": 0.5, "WD_TAPER_FINAL_MULT": 0.5, "COMPUTE_DTYPE": dtype}
     for processes in (1, 2):
         done = launch(small_words(mini, tmp_path, RUN_ID=f"r{processes}", ITERATIONS=8, STAGES="train",
                                   SYNC_CHECK_EVERY=2, **parts), processes=processes)
@@ -481,12 +491,54 @@ def test_validation_during_training_is_logged_and_not_timed(mini, tmp_path):
     assert "step:3/7 val_loss:" in (tmp_path / "val" / "train.log").read_text()
 
 
+# -- loops
+
+
+def test_a_dead_channel_between_passes_is_told(mini, tmp_path):
+    """At the start instructions add nothing and positions a hundredth; after training they add, and the log says so."""
+    words = {"PRESET": "clowncar", "STACK": "A (A)*3 A", "BIGRAM_VOCAB_SIZE": 0, "POLICY": "", "INST_DIM": 4}
+    trainer, model = qat_trainer(mini, tmp_path, **words)
+    assert list(trainer.tell_loops()) == ["1"] and trainer.tell_loops()["1"][0] > 0
+    train_gpt.init_weights(model, 0)
+    assert trainer.tell_loops() == {"1": [0.0, 0.0, 0.0]}
+    positions, model = qat_trainer(mini, tmp_path, **words, LOOP_INSTRUCTIONS="position")
+    train_gpt.init_weights(model, 0)
+    assert all(0 < share < 0.01 for share in positions.tell_loops()["1"])
+    assert main(small_words(mini, tmp_path, RUN_ID="told", ITERATIONS=6, STAGES="train", VAL_LOSS_EVERY=3, **words),
+                {}) == 0
+    found = json.loads((tmp_path / "told" / "result.json").read_text())["train"]["added_before_passes"]
+    assert set(found) == {"1"} and all(share > 1e-4 for share in found["1"])
+    said = events(tmp_path / "told", "loops")
+    assert [line["step"] for line in said] == [3, 6] and said[-1]["added"] == found
+    assert "step:6 loop 1: added before each pass, over the stream: 0." in (
+        tmp_path / "told" / "train.log").read_text()
+
+
+def test_cadence_chooses_the_plan_by_the_rate(mini, tmp_path):
+    """Every second step in all passes while the rate is high, none later; both plans are trained."""
+    words = {"PRESET": "clowncar", "STACK": "A (A)*3 A", "BIGRAM_VOCAB_SIZE": 0, "POLICY": "", "INST_DIM": 4,
+             "CRAWLER_CADENCE_EARLY": 2, "CRAWLER_CADENCE_MAIN": 3, "CRAWLER_CADENCE_LATE": 0, "WARMDOWN_FRAC": 1,
+             "MIN_LR": 0}
+    trainer, _ = qat_trainer(mini, tmp_path, **words)
+    plans = []
+    for trainer.step in range(20):
+        plans.append(trainer.plan_at(Progress(trainer.step, trainer.step / 20, 20.0 - trainer.step)))
+    wanted = [0 if step % (2 if step < 10 else 3) == 0 and step < 16 else 1 for step in range(20)]
+    assert plans == wanted
+    assert [step.block for step in trainer.short.steps] == [0, 1, 2] and len(trainer.model.phases[0].steps) == 5
+    assert main(small_words(mini, tmp_path, RUN_ID="cadence", ITERATIONS=8, STAGES="train", **words), {}) == 0
+    assert losses(tmp_path / "cadence")[8] < losses(tmp_path / "cadence")[1]
+    seconds, _ = qat_trainer(mini, tmp_path, **{**words, **dict.fromkeys(
+        ("CRAWLER_CADENCE_EARLY", "CRAWLER_CADENCE_MAIN", "CRAWLER_CADENCE_LATE"), 1)})
+    assert seconds.short is None and seconds.plan_at(Progress(7, 0.9, 1.0)) == 0
+
+
 # -- training at the weights as they will be stored
 
 
 def qat_trainer(mini, folder, **more):
     """(trainer, its model) ready for one step at fraction 0."""
-    config = load_config(small_words(mini, folder, STACK="A2", GRAD_CLIP_NORM=0, **more), {}, gpus=0)
+    config = load_config(small_words(mini, folder, **{"STACK": "A2", "GRAD_CLIP_NORM": 0, **more}), {}, gpus=0)
     model = make_model(config, shake=0.05)
     trainer = Trainer(config, model, load_data(config.data, World()), World(), Log(None, lambda: 0.0), folder, False,
                       lambda phase: (0.0, 0.0))
@@ -542,6 +594,47 @@ def test_qat_begins_at_its_fraction_and_puts_the_weights_back(mini, tmp_path):
     trainer.config = trainer.config._replace(artifact=never)
     with trainer.as_stored(1.0):
         assert all(torch.equal(p, held) for p, held in zip(model.parameters(), latent, strict=True))
+
+
+def test_noise_is_one_step_of_the_grid_on_loops_only(mini, tmp_path):
+    """Uniform within half a step, the same on every rank, other at every step; the weights come back; validation sees
+    them as they are, and what is exported is not rounded."""
+    words = {"PRESET": "clowncar", "STACK": "A (A)*2 A", "BIGRAM_VOCAB_SIZE": 0, "POLICY": "", "QAT_START": 0.5,
+             "QAT_KIND": "noise", "QAT_PARTS": "loops", "INST_DIM": 4}
+    config = load_config(small_words(mini, tmp_path, GRAD_CLIP_NORM=0, **words), {}, gpus=0)
+    model, other = make_model(config, shake=0.05), make_model(config, shake=0.05)
+    trainers = [Trainer(config, m, load_data(config.data, World()), World(), Log(None, lambda: 0.0), tmp_path, False,
+                        lambda phase: (0.0, 0.0)) for m in (model, other)]
+    latent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    seen = []
+    for step in (0, 0, 1):
+        for trainer in trainers:
+            trainer.step = step
+        with trainers[0].as_stored(0.5, training=True), trainers[1].as_stored(0.5, training=True):
+            for (name, p), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+                assert torch.equal(p, twin)
+                moved = (p - latent[name]).abs()
+                assert bool(moved.any()) == (name.startswith("blocks.1.") and p.role == "matrix"), name
+                if moved.any():
+                    row = latent[name].abs().amax(1, keepdim=True) / 31  # int6, the grid ends at the largest value
+                    assert (moved <= 0.5 * 1.03 * row).all() and moved.max() > 0.3 * row.min()
+            seen.append(model.blocks[1].mlp.up.weight.detach().clone())
+        with trainers[0].as_stored(0.5), trainers[1].as_stored(0.4, training=True):
+            assert all(torch.equal(p, latent[name]) for m in (model, other) for name, p in m.named_parameters())
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_straight_through_on_loops_only_stores_what_was_trained(mini, tmp_path):
+    words = small_words(mini, tmp_path, RUN_ID="loops", PRESET="clowncar", STACK="A (A)*2 A", POLICY="", INST_DIM=4,
+                        ITERATIONS=4, QAT_START=0, QAT_PARTS="loops", STAGES=STAGES, EVAL="contiguous",
+                        BIGRAM_VOCAB_SIZE=0, LOOP_AWARE_GPTQ=0, **PLAIN)
+    assert main(words, {}) == 0
+    config, held = load_config(words, {}, gpus=0), load_checkpoint(tmp_path / "loops" / "checkpoint.pt")
+    routes = routes_of(make_model(config), config.artifact)
+    _, stored = unpack_artifact((tmp_path / "loops" / "artifact.bin").read_bytes())
+    for name in ("blocks.1.mlp.up.weight", "blocks.0.mlp.up.weight"):
+        assert torch.equal(stored[name], project(held.weights[name], routes[name]))
+    assert "diagnostic pre-quantization" in (tmp_path / "loops" / "train.log").read_text()
 
 
 PLAIN = {"SOLVER": "nearest", "ALLOCATE": 0, "FIT": 0, "RATE_ROUNDING": 0}

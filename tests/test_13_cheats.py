@@ -7,6 +7,7 @@ something else is broken. The honest rows of EVALUATORS pass every rule.
 import copy
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -345,6 +346,26 @@ class Smear(nn.Module):
         return y + before * (1 if self.cheats else same[..., None]), values
 
 
+class CarriedState(nn.Module):
+    """A delta memory in a loop that begins a pass, at position 0, with the state that the pass before left behind the
+    last position, as the crawler was published; its honest twin begins every pass with nothing."""
+    PASSES = 3
+
+    def __init__(self, mixer, cheats):
+        super().__init__()
+        self.mixer, self.cheats, self.inner, self.held = mixer, cheats, mixer.rule, threading.local()
+        mixer.rule = self.rule
+
+    def rule(self, q, k, v, beta, decay, where, state, size):
+        turn = getattr(self.held, "turn", 0)
+        out, after = self.inner(q, k, v, beta, decay, where, self.held.state if turn and self.cheats else None, size)
+        self.held.turn, self.held.state = (turn + 1) % self.PASSES, after
+        return out, after
+
+    def forward(self, x, context, sites, deltas):
+        return self.mixer(x, context, sites, deltas)
+
+
 class QuietLedger(Ledger):
     """Writes down an update that came too early and says nothing."""
 
@@ -389,6 +410,7 @@ class Cheat(NamedTuple):
     fails: frozenset = frozenset()
     mixer: type | None = None
     referee: type | None = None
+    stack: str = "A2"
 
 
 def fails(*rules):
@@ -397,6 +419,8 @@ def fails(*rules):
 
 CAUGHT = {
     "mean of what lies ahead": Cheat(mixer=FutureMean, fails=fails("causality", "realised_token")),
+    "state carried into the next pass": Cheat(mixer=CarriedState, stack="A (D)*3",
+                                              fails=fails("causality", "realised_token", "previous_document")),
     "token behind the target": Cheat(TwoAhead, fails=fails("causality", "realised_token", "previous_document")),
     "update inside predict": Cheat(UpdateInPredict, plan_ttt, fails=fails("causality", "realised_token")),
     "second pass": Cheat(SecondPass, SecondPass.plan, fails("causality", "realised_token", "previous_document")),
@@ -444,7 +468,7 @@ def installed(monkeypatch):
         monkeypatch.setitem(EVALUATORS, "cheat", Evaluator(plan, guest, "cheat", shrink_nothing, plan is plan_ttt))
         if cheat.referee:
             monkeypatch.setattr(train_gpt, "Referee", type("Arbiter", (cheat.referee,), twin))
-        config = settings_for("cheat")
+        config = settings_for("cheat", STACK=cheat.stack)
         model = make_model(config, shake=0.1)
         if cheat.mixer:
             model.blocks[1].mixer = cheat.mixer(model.blocks[1].mixer, cheats)
@@ -495,8 +519,12 @@ def test_a_hashed_cache_wins_only_what_it_does_not_normalise(installed):
 
 
 @pytest.mark.parametrize("more", [{}, {"TTT_WARM_START_A": 1, "PHASED_TTT_PREFIX_DOCS": 3, "PHASED_TTT_NUM_PHASES": 2},
-                                  {"DOC_ISOLATION": 0}, {"TTT_POLYAK_DECAY": 0.9, "TTT_DOWN_LR": 0.01}],
-                         ids=["strict", "declared", "not isolated", "average"])
+                                  {"DOC_ISOLATION": 0}, {"TTT_POLYAK_DECAY": 0.9, "TTT_DOWN_LR": 0.01},
+                                  {"STACK": "A (A D{mlp=0})*3 G", "LOOP_INSTRUCTIONS": "flow", "INST_DIM": 4,
+                                   "ANCHOR_DIM": 4, "CRAWLER_TAP_DIM": 4, "MIXER_CHUNK": 16},
+                                  {"STACK": "X T A", "TITANS_CONTEXT": 1, "PERSISTENT_SLOTS": 2, "MIXER_CHUNK": 16},
+                                  {"STACK": "T2", "TITANS_DEPTH": 2, "MIXER_CHUNK": 8}],
+                         ids=["strict", "declared", "not isolated", "average", "loop", "memories", "deep memory"])
 @pytest.mark.parametrize("kind", EVALUATORS)
 def test_honest_rows_pass(kind, more):
     config = settings_for(kind, **more)

@@ -111,6 +111,29 @@ def test_every_part_goes_from_training_to_test_time_training(mini, tmp_path, cap
     assert re.search(r"^head_proj\.weight +matrix +int6(\+lqer)? +gptq", log, re.M)
 
 
+MIXER_RUNS = {
+    "delta": {"STACK": "D2"}, "gated delta": {"STACK": "G2", "ALLOW_NEG_EIGVAL": 1}, "mlstm": {"STACK": "X2"},
+    "titans": {"STACK": "T2"}, "exact step": {"STACK": "D G", "EFLA": 1},
+    "memory as context": {"STACK": "T A", "TITANS_CONTEXT": 1, "PERSISTENT_SLOTS": 4},
+    "deep memory": {"STACK": "T A", "TITANS_DEPTH": 2},
+    "crawler": {"PRESET": "clowncar", "STACK": "A (A{mlp=4,xsa=1} D{mlp=0,gate=0})*4 A", "BIGRAM_DIM": 8,
+                "BIGRAM_VOCAB_SIZE": 31, "EVAL": "sliding,ttt,ngram"}}
+
+
+@pytest.mark.parametrize("name", MIXER_RUNS)
+def test_every_mixer_goes_from_data_to_a_legal_score(mini, tmp_path, capsys, name):
+    """Trained, calibrated, squeezed, read back to the same weights, scored and audited."""
+    words = {"PRESET": "sixteen", "EVAL": "sliding,ttt", "MIXER_CHUNK": 16, **MIXER_RUNS[name]}
+    run(small_words(mini, tmp_path, RUN_ID="mixer", ITERATIONS=8, AUDIT=1, AUDIT_TOKENS=150,
+                    STAGES="train,calibrate,write,reload,evaluate", **words), 0, capsys)
+    log = (tmp_path / "mixer" / "train.log").read_text()
+    found = json.loads((tmp_path / "mixer" / "result.json").read_text())
+    assert "equal to the weights that were written" in log and found["ledger"]["scored_once"] is True
+    assert all(verdict["pass"] for verdict in found["audit"].values()), found["audit"]
+    steps = events(tmp_path / "mixer", "step")
+    assert steps[-1]["train_loss"] < steps[0]["train_loss"]
+
+
 # -- the squeeze, without training again
 
 
@@ -233,6 +256,26 @@ def test_sequential_calibration_solves_every_matrix_once(mini, tmp_path, capsys,
     assert len(solved) == 13 and solved[-1] == ["tok_emb"]
     assert sorted(names) == sorted(set(names)), [name for name in set(names) if names.count(name) > 1]
     assert [step[0].split(".")[1] for step in solved[:-1]] == [str(block) for block in range(12)]
+
+
+def test_loop_aware_calibration_acts(finished, capsys):
+    """Clowncar's groups are calibrated on what the stored flat blocks make: their Hessians and codes differ from those
+    on float weights, those of the flat blocks do not."""
+    for run_id, on in (("plain", 0), ("aware", 1)):
+        run(again(finished, run_id, "calibrate,write", source="clowncar", LOOP_AWARE_GPTQ=on, MATRIX_BITS=3), 0, capsys)
+    plain, aware = (torch.load(finished / name / "hessians.pt", weights_only=True) for name in ("plain", "aware"))
+    assert set(plain) == set(aware)
+    inside = {site for site in plain if site.startswith(("v1.", "v2.", "v3.", "v4.", "loops."))}
+    assert len(inside) > 20
+    for site in plain:
+        if site.startswith(("slope", "tokens")):
+            continue
+        assert torch.equal(plain[site], aware[site]) == (site not in inside), site
+    written = [train_gpt.unpack_artifact((finished / name / "artifact.bin").read_bytes())[1]
+               for name in ("plain", "aware")]
+    same = {name: torch.equal(written[0][name], written[1][name]) for name in written[0]}
+    assert not same["blocks.1.mlp.up.weight"] and not same["blocks.1.mixer.q.weight"]
+    assert same["blocks.0.mlp.up.weight"] and same["blocks.2.mlp.up.weight"]
 
 
 def test_sequential_calibration_sees_stored_predecessors(finished, capsys):

@@ -338,6 +338,27 @@ def test_all_rows_of_the_table_can_be_run(tmp_path):
     assert all(name.replace("-", "").isalnum() for name in compare.ROWS)
 
 
+def test_the_crawlers_rows_can_be_run_and_some_find_their_own_shape(tmp_path):
+    """Those that spend the base's bytes otherwise are as wide as the rule allows; the others keep the base's width."""
+    played = Played(tmp_path, lambda name, kind: 2.0 + 0.1 * (kind == "float"))
+    suite, options = compare.SUITES["crawler"], {**OPTIONS, "BASE": "clowncar", "SEEDS": [1], "MINUTES": 600.0}
+    (shapes, _, table), said = collect(compare.parts(options, played.lab, suite))
+    assert not said and {row["row"] for row in table.json()["rows"]} == {"base", *compare.CRAWLER_ROWS}
+    found = {row["variant"]: row for row in shapes.json()["rows"]}
+    widths = {name: row["MODEL_DIM"] for name, row in found.items()}
+    assert {widths[name] for name in found if name not in compare.OWN_SHAPE} == {widths["base"]}
+    for name in compare.OWN_SHAPE:
+        assert widths[name] < widths["base"] and 0.9e6 < found[name]["bytes by the rule"] <= 1e6, name
+    assert found["delta-memory"]["parameters"] > found["base"]["parameters"] > found["one-pass"]["parameters"]
+    assert "but delta, flat" in shapes.text() and "own" in shapes.text()
+
+
+def test_the_squeeze_costs_the_artifact_minus_the_float_weights():
+    scores = {"contiguous": {"val_bpb": 2.25}, "float": {"val_bpb": 2.0}}
+    assert compare.squeeze_gap({"scores": scores}) == 0.25
+    assert math.isnan(compare.squeeze_gap({"scores": {"ttt": scores["float"]}}))
+
+
 @pytest.mark.parametrize(("text", "expected"), [
     ("wide: MODEL_DIM=256 NUM_HEADS=4", [("wide", ["MODEL_DIM=256", "NUM_HEADS=4"])]),
     ("loop:STACK=A1 (A2)*2@0.5 A1  MLP_MULT=3", [("loop", ["STACK=A1 (A2)*2@0.5 A1", "MLP_MULT=3"])]),

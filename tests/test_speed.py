@@ -205,9 +205,10 @@ def test_a_twin_that_fails_or_lies_has_its_row(tmp_path, monkeypatch, capsys):
                  x, up, 2 * down - down.detach(), slope), usable),
              "lost": gpt.Twin(lambda: lambda *inputs: math.nan * kernel.reference(*inputs), usable)}
     monkeypatch.setitem(gpt.KERNELS, "mlp", kernel._replace(twins=twins))
-    monkeypatch.setattr(gpt, "pick_kernels", lambda *_: (None, [f"kernel:{name} reference" for name in [*NEEDED, "another"]]))
+    names = [*NEEDED, "another"]
+    monkeypatch.setattr(gpt, "pick_kernels", lambda *_: (None, [f"kernel:{name} reference" for name in names]))
     monkeypatch.setitem(gpt.KERNELS, "another", kernel)
-    monkeypatch.setattr(gpt, "kernels_of", lambda settings: [*NEEDED, "another"])
+    monkeypatch.setattr(gpt, "kernels_of", lambda settings: names)
     found = tables(tmp_path, *QUICK, "PARTS=kernels")["kernels"]
     rows = {row["form"]: row for row in found if row["operation"] == "mlp"}
     assert rows["fails"]["note"] == "RuntimeError: no such" and rows["unmade"]["note"] == "ImportError: not here"

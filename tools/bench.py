@@ -13,15 +13,16 @@ it names.
     ./run.sh bench ngram [RUN_FOLDER]         the n-gram mixture: gates by texts, sums, block sizes, memory and seconds
     ./run.sh bench presets                    systems trained and scored on equal bytes, seconds, documents and seeds
     ./run.sh bench parts                      a preset against changes of it ("ROW=name: A=1 B=2"), the same way
+    ./run.sh bench crawler                    the crawler's passes, instructions and memory, and other mixers, likewise
     ./run.sh bench speed                      a preset's step, kernels and optimizer against the peaks of this machine
 
 Without a folder it is the newest finished one in runs/ that was trained without QAT; `schedule` then has an untrained
-model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets` and `parts` keep theirs in records/ where
-no FILE is named. `formats`, `fit`, `ngram`, `presets`, `parts` and `speed` hand settings of train_gpt.py on. `presets`
-and `parts` (tools/compare.py) keep their runs in runs/compare and go on where they were stopped. `speed`
-(tools/speed.py) needs no data; it takes settings from the environment too, as training does. Seconds of all but
-`formats`, `fit` and these three are the processor's, on one thread (lanes with THREADS; on a GPU they are the clock's),
-of `gptq` and `codec` medians; the spread is that from fastest to slowest over the median. Options:
+model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets`, `parts` and `crawler` keep theirs in
+records/ where no FILE is named. `formats`, `fit`, `ngram`, `presets`, `parts`, `crawler` and `speed` hand settings of
+train_gpt.py on. `presets`, `parts` and `crawler` (tools/compare.py) keep their runs in runs/compare and go on where
+they were stopped. `speed` (tools/speed.py) needs no data; it takes settings from the environment too, as training does.
+Seconds of all but `formats`, `fit` and these four are the processor's, on one thread (lanes with THREADS; on a GPU they
+are the clock's), of `gptq` and `codec` medians; the spread is that from fastest to slowest over the median. Options:
 
 """
 
@@ -1038,6 +1039,16 @@ COMMANDS = {
         "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous"]),
         **TERMS, "MINUTES": count_option(600, "in which the last run ends; the same command goes on")},
         gpt.SETTINGS, (), "compare_parts.json"),
+    "crawler": Command(lambda _, options: itertools.starmap(Table, compare.parts(
+        options, suite=compare.SUITES["crawler"])), 0, {
+        "BASE": Option("clowncar", str, gpt.PRESETS.__contains__, f"one of {', '.join(gpt.PRESETS)}",
+                       "what is changed"),
+        "ROWS": names_option(compare.CRAWLER_ROWS, "rows, also as patterns")._replace(default=[]),
+        "ROW": Option([], compare.read_row, bool, "NAME: SETTING=value ...", "a row of your own, once for each", True),
+        "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous"]),
+        **TERMS, "SECONDS": count_option(40, "of training"),
+        "MINUTES": count_option(120, "in which the last run ends; the same command goes on")},
+        gpt.SETTINGS, (), "compare_crawler.json"),
     "speed": Command(lambda _, options: itertools.starmap(Table, speed.tables(options)), 0, {
         "PARTS": names_option(speed.PARTS, "tables beside the ceilings"),
         "COMPILED": Option("", str, lambda text: text in ("0", "1", "both"), "0, 1 or both",

@@ -1,8 +1,9 @@
 """Paired comparison: variants trained on equal seconds, data and seeds, and what their differences say.
 
 `./run.sh bench presets` compares systems whose shapes one rule makes equal in artifact bytes; `./run.sh bench parts`
-compares a system with changes of it, rows of ROWS or of your own. tools/bench.py has their options and prints their
-tables.
+compares a system with changes of it, rows of ROWS or of your own; `./run.sh bench crawler` does so with the crawler,
+its loops and what could stand in attention's place, rows of CRAWLER_ROWS. tools/bench.py has their options and prints
+their tables.
 
 A variant is words for train_gpt.py. Runs are launches of ./run.sh, as a user's are, and go seed by seed through all
 variants: what drifts on a shared machine then meets all of them, and the differences are taken within a seed. A run is
@@ -73,6 +74,30 @@ ROWS: dict[str, list[str]] = {
     "uniform-init": ["MATRIX_INIT=uniform"],
     "no-allocation": ["ALLOCATE=0"],
 }
+
+# Rows of `crawler`: passes of the shared block, what tells them apart, the delta memory, training for the squeeze of
+# shared weights; then stacks that take the base's bytes in another way, as wide as those allow (OWN_SHAPE).
+SHARED = "A{mlp=4,xsa=1}"
+CRAWLER_ROWS: dict[str, list[str]] = {
+    "again": [],
+    "one-pass": [f"STACK=A ({SHARED})*1 A", "LOOP_INSTRUCTIONS=none", "LOOP_AWARE_GPTQ=0"],
+    "two-passes": [f"STACK=A ({SHARED})*2 A"],
+    "eight-passes": [f"STACK=A ({SHARED})*8 A"],
+    "no-instructions": ["LOOP_INSTRUCTIONS=none"],
+    "static": ["LOOP_INSTRUCTIONS=static"],
+    "position": ["LOOP_INSTRUCTIONS=position"],
+    "delta-memory": [f"STACK=A ({SHARED} D{{mlp=0,gate=0}})*4 A"],
+    "tap": ["CRAWLER_TAP_DIM=32"],
+    "anchor": ["ANCHOR_DIM=32"],
+    "rope-scales": ["CRAWLER_LOOP_ROPE_SCALES=9,3,1,1"],
+    "cadence": ["CRAWLER_CADENCE_EARLY=2", "CRAWLER_CADENCE_MAIN=4", "CRAWLER_CADENCE_LATE=6"],
+    "noise": ["QAT_START=0.5", "QAT_KIND=noise", "QAT_PARTS=loops"],
+    "straight-through": ["QAT_START=0.5", "QAT_PARTS=loops"],
+    "flat": ["STACK=A6", "LOOP_INSTRUCTIONS=none", "LOOP_AWARE_GPTQ=0", "POLICY="],
+    **{name: [f"STACK={letter} ({letter}{{mlp=4}})*4 {letter}"] for name, letter in
+       (("delta", "D"), ("gated-delta", "G"), ("mlstm", "X"), ("titans", "T"))},
+}
+OWN_SHAPE = frozenset({"flat", "delta", "gated-delta", "mlstm", "titans"})
 
 
 # ---- statistics
@@ -482,27 +507,48 @@ def read_row(text: str) -> list[tuple[str, list[str]]]:
     return [(name.strip(), changed)]
 
 
-def parts(options: Mapping[str, Any], lab: Lab = LAB) -> Iterator[Fields]:
+class Suite(NamedTuple):
+    """Rows that belong together, which of them find a shape of their own by the rule, and words for all of them."""
+    rows: dict[str, list[str]]
+    own_shape: frozenset[str] = frozenset()
+    words: tuple[str, ...] = ()
+
+
+SUITES = {"parts": Suite(ROWS), "crawler": Suite(CRAWLER_ROWS, OWN_SHAPE, ("GPTQ_CALIBRATION_BATCHES=4",))}
+
+
+def squeeze_gap(result: dict[str, Any]) -> float:
+    """What the squeeze costs: contiguous bits per byte of the artifact minus those of the float weights; NaN without
+    them."""
+    scores = result["scores"]
+    return scores["contiguous"]["val_bpb"] - scores["float"]["val_bpb"] if {"contiguous", "float"} <= {*scores} else (
+        math.nan)
+
+
+def parts(options: Mapping[str, Any], lab: Lab = LAB, suite: Suite = SUITES["parts"]) -> Iterator[Fields]:
     """The base's shape, runs, and every row's difference to the base, the best first."""
     kinds, seeds, preset, source = options["EVAL"], options["SEEDS"], options["BASE"], lab.source()
-    names = options["ROWS"] or ([] if options["ROW"] else [*ROWS])
-    rows = [*((name, ROWS[name]) for name in names), *options["ROW"]]
+    names = options["ROWS"] or ([] if options["ROW"] else [*suite.rows])
+    rows = [*((name, suite.rows[name]) for name in names), *options["ROW"]]
     if double := {name for name, _ in rows if [other for other, _ in rows].count(name) > 1 or name == "base"}:
         raise gpt.ConfigError(f"ROW={sorted(double)[0]}: must be a name that no other row has")
     check_words(options["words"], FIXED | SHAPED)
     common = [f"PRESET={preset}", *overlay_first(options["words"])]
+    common[2:2] = suite.words
     base = make_variant("base", common, options, lab)
     shape = shape_words(base.config.model.model_dim)
     variants = [base]
     for name, words in rows:
         check_words(words, FIXED)
-        variants.append(make_variant(name, [*common, *words], options, lab, shape))
+        variants.append(make_variant(name, [*common, *words], options, lab, None if name in suite.own_shape else shape))
+    own = sorted(suite.own_shape & {name for name, _ in rows})
     yield shape_fields(variants, f"Shapes, base {preset}: {shape_rule(options['BYTES'], options['FIT_BITS'])}; rows "
-                       "keep it but for what they change", options["FIT_BITS"])
+                       "keep it but for what they change" + (f", but {', '.join(own)} have their own" if own else ""),
+                       options["FIT_BITS"])
     course = run_all(variants, seeds, options["MINUTES"], source, lab)
     yield run_fields(course, variants, kinds, seeds, f"Runs of parts of {preset}: bits per byte, {options['SECONDS']} "
                     "seconds of training, the same documents and seeds", remarks(course, options, variants))
-    lines = []
+    lines, facts = [], {"squeeze": ("+.4f", squeeze_gap), **FACTS}
     for variant in variants:
         mine = [result for (name, _), result in course.results.items() if name == variant.name]
         found = [paired(course.values(variant.name, kind), course.values("base", kind)) for kind in kinds]
@@ -512,7 +558,7 @@ def parts(options: Mapping[str, Any], lab: Lab = LAB) -> Iterator[Fields]:
             cells.append(statistics.fmean(values.values()) if values else None)
             cells += [None, None, "base"] if variant is base else [
                 difference.mean, difference.half, difference.verdict]
-        cells += [statistics.fmean(map(read, mine)) if mine else None for _, read in FACTS.values()]
+        cells += [statistics.fmean(map(read, mine)) if mine else None for _, read in facts.values()]
         changed = " ".join(words) if (words := dict(rows).get(variant.name)) else ""
         key = 0.0 if variant is base else math.inf if found[0].mean is None else found[0].mean
         lines.append((key, [*cells, len(mine), changed]))
@@ -520,7 +566,7 @@ def parts(options: Mapping[str, Any], lab: Lab = LAB) -> Iterator[Fields]:
     for kind in kinds:
         columns |= {kind: ".4f", f"{kind} minus base": "+.4f", f"{kind} +-": ".4f", f"{kind} is": ""}
     yield (f"Parts of {preset}: bits per byte, difference to the base", {
-        **columns, **{name: form for name, (form, _) in FACTS.items()}, "seeds": "d", "changed": ""},
+        **columns, **{name: form for name, (form, _) in facts.items()}, "seeds": "d", "changed": ""},
         [cells for _, cells in sorted(lines, key=lambda line: line[0])], INTERVALS)
     close(course)
 

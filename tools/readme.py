@@ -21,6 +21,7 @@ import train_gpt  # noqa: E402
 README, REFERENCE = ROOT / "README.md", ROOT / "records" / "reference_run.json"
 SQUEEZE = ROOT / "records" / "squeeze.json"  # made by ./run.sh bench formats RUN_FOLDER TERNARY=1 --json
 COMPARE = ROOT / "records" / "compare_presets.json"  # made by ./run.sh bench presets
+CRAWLER = ROOT / "records" / "compare_crawler.json"  # made by ./run.sh bench crawler
 PART = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -83,6 +84,28 @@ def compare_table() -> str:
     return "\n".join([*lines, "", ". ".join(notes) + "."])
 
 
+def crawler_table() -> str:
+    """The rows of the crawler's comparison, the best first; or the command that measures them."""
+    if not CRAWLER.exists():
+        return "`./run.sh bench crawler` makes this table; it has not been made yet."
+    shapes, runs, table = json.loads(CRAWLER.read_text())["tables"]
+    forms = {"contiguous": ".4f", "squeeze": "+.4f", "artifact bytes": ",.0f", "steps": ",.0f", "train s": ".1f"}
+    lines = ["| row | contiguous | minus base | squeeze | artifact bytes | steps | train s | changed |",
+             "| --- |" + " ---: |" * 6 + " --- |"]
+    for row in table["rows"]:
+        cells = {name: "" if row[name] is None else format(row[name], form) for name, form in forms.items()}
+        verdict = row["contiguous is"]
+        if row["contiguous +-"] is not None:
+            verdict = f"{row['contiguous minus base']:+.4f} \u00b1 {row['contiguous +-']:.4f}, {verdict}"
+        changed = f"`{row['changed']}`" if row["changed"] else ""
+        lines.append(f"| {row['row']} | {cells['contiguous']} | {verdict} | {cells['squeeze']} | "
+                     f"{cells['artifact bytes']} | {cells['steps']} | {cells['train s']} | {changed} |")
+    seeds = max(row["seeds"] for row in table["rows"])
+    notes = [f"{runs['title']}; {seeds} seeds", runs["note"], shapes["title"], table["note"],
+             "squeeze: bits per byte of the artifact minus those of the float weights"]
+    return "\n".join([*lines, "", ". ".join(notes) + "."])
+
+
 def layout_table() -> str:
     """The index of train_gpt.py, from its header."""
     rows = re.findall(r"^    (\d\d) ([A-Z]+) +(.+)$", train_gpt.__doc__, re.M)
@@ -109,9 +132,9 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-PARTS: dict[str, Callable[[], str]] = {"result": result_table, "squeeze": squeeze_table,
-                                       "compare": compare_table, "layout": layout_table, "presets": presets_table,
-                                       "settings": settings_table}
+PARTS: dict[str, Callable[[], str]] = {
+    "result": result_table, "squeeze": squeeze_table, "compare": compare_table, "crawler": crawler_table,
+    "layout": layout_table, "presets": presets_table, "settings": settings_table}
 
 
 def fresh(text: str) -> str:
