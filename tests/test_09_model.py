@@ -1,5 +1,7 @@
 """LAYERS and MODEL: causality, document isolation, deltas, plans, roles, initialisation; over every preset."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,9 +28,12 @@ from train_gpt import (
     make_loss,
     make_skeleton,
     make_spans,
+    place_in_document,
     plan_layers,
     plan_text,
     rms_norm,
+    rotary_tables,
+    short_conv,
     span_breaks,
 )
 
@@ -290,6 +295,62 @@ def test_lanes_by_hand():
     assert all(torch.allclose(w, g, atol=1e-5) for w, g in zip(wanted, got[:2], strict=True))
 
 
+def test_what_tells_passes_apart_by_hand():
+    """Three passes: flow reads the stream of each, static the one that enters; the tap what stood before, the anchor
+    what earlier passes began with."""
+    parts = {"STACK": "A (A)*3 A", "INST_DIM": 4, "CRAWLER_TAP_DIM": 3, "ANCHOR_DIM": 5}
+    before, entered, later = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(1, 4, 32)
+    for kind in ("flow", "static", "position", "none"):
+        model = make_model(preset_config("baseline", **parts, LOOP_INSTRUCTIONS=kind), shake=0.3)
+        loop = model.loops["1"]
+        held = loop.enter(entered, [before], None)
+        tap = loop.tap_out.weight @ (loop.tap_in[0].weight @ before.mT)
+        for number, x in enumerate((entered, later, before)):
+            told = tap.mT
+            if kind == "position":
+                told = told + loop.positions[number]
+            elif kind != "none":
+                low = loop.inst_in.weight @ (entered if kind == "static" else x).mT
+                low = low[:, 4 * number:4 * number + 4] if kind == "static" else low
+                told = told + (loop.inst_out[number].weight @ low).mT
+            if number:
+                written = loop.anchor_in[0].weight @ later.mT
+                written = written if number == 1 else written + loop.anchor_in[1].weight @ before.mT
+                told = told + (loop.anchor_out[number - 1].weight @ written).mT
+            assert torch.allclose(loop(x, number, held, None), x + told, atol=1e-5), (kind, number)
+
+
+def test_rotary_scales_lengthen_the_waves_of_their_pass():
+    like = torch.zeros(1)
+    for wide, narrow in zip(rotary_tables(31, 8, 100.0, like, 3.0), rotary_tables(31, 8, 100.0, like), strict=True):
+        assert torch.allclose(wide[::3], narrow[:11], atol=1e-5)
+    plain, scaled, first = (make_model(preset_config("baseline", STACK="A (A)*3", **more), shake=0.2) for more in (
+        {}, {"CRAWLER_LOOP_ROPE_SCALES": "9,1"}, {"CRAWLER_LOOP_ROPE_SCALES": "1"}))
+    tokens = torch.randint(4, 384, (1, LENGTH))
+    out = [make_forward(model, 0)(tokens, None) for model in (plain, scaled, first)]
+    assert torch.equal(out[0], out[2]) and not torch.allclose(out[0], out[1], atol=1e-3)
+
+
+def test_channels_blend_with_the_token_before_within_documents():
+    blend = make_model(preset_config("baseline", SMEAR_CHANNELS=1)).blend
+    e, tokens = torch.randn(1, 4, 32), torch.tensor([[7, 8, BOS, 9]])
+    out = blend(e, tokens, None)
+    assert torch.allclose(out[:, [1, 3]], (e[:, [1, 3]] + e[:, [0, 2]]) / 2)
+    assert torch.allclose(out[:, [0, 2]], e[:, [0, 2]] / 2)
+
+
+def test_short_convolutions_by_hand():
+    x, weight = torch.randn(2, 6, 3), torch.randn(3, 4)
+    docs = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 2]])
+    out = short_conv(x, weight, docs)
+    for b, t in ((0, 5), (0, 1), (1, 2), (1, 4), (1, 5)):
+        seen = [s for s in range(max(0, t - 3), t + 1) if docs[b, s] == docs[b, t]]
+        assert torch.allclose(out[b, t], sum(weight[:, 3 - (t - s)] * x[b, s] for s in seen), atol=1e-6)
+    assert torch.equal(short_conv(x, weight, torch.zeros(2, 6)), short_conv(x, weight, None))
+    assert short_conv(x[:, :1], weight, None).shape == (2, 1, 3)  # a row shorter than the window
+    assert place_in_document(docs).tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 0]]
+
+
 def test_smear_stops_at_the_beginning_of_a_document():
     smear = make_model(preset_config("caseops"), shake=0.5).smear
     e, tokens = torch.randn(1, 6, 32), torch.tensor([[7, 8, BOS, 9, 4, BOS]])
@@ -331,6 +392,29 @@ def test_golden_plan_of_the_record_stack():
     assert plan_text(config.model) == GOLDEN_CASEOPS
     assert forecast_fitted(make_skeleton(config), config.artifact, 54_000)["matrix"] == pytest.approx(13.6e6, rel=0.01)
     assert "blocks 1,3-5: value embeddings" in plan_text(ModelSettings(ve_layers="1,3,4,5"))
+
+
+GOLDEN_CLOWNCAR = """\
+from 0%: 8 visits: A0 A1 A2 A2 A2 A2 A3<-1 A4<-0
+blocks 2: exclusive attention
+blocks 0-4: inputs over sqrt(i + 1)
+blocks 2, 4 passes: flow instructions"""
+
+
+def test_golden_plan_of_the_crawler():
+    config = load_config(["PRESET=clowncar", "OVERLAY="], {}, gpus=0)
+    assert plan_text(config.model) == GOLDEN_CLOWNCAR
+    memory = dataclasses.replace(config.model, stack="A2 (A{mlp=4} D{mlp=0,heads=4,gate=0})*4 A2", anchor_dim=32,
+                                 crawler_loop_rope_scales=(9.0, 1.0))
+    assert plan_text(memory).splitlines()[0] == (
+        "from 0%: 12 visits: A0 A1 A2 D3 A2 D3 A2 D3 A2 D3 A4<-1 A5<-0")
+    assert plan_text(memory).splitlines()[-1] == (
+        "blocks 2-3, 4 passes: flow instructions; anchor of 32; rotary frequencies over 9, 1")
+    # The canonical delta memory's published parameters, with our norms, mix and branch gain.
+    sizes = [sum(count_roles(make_skeleton(config._replace(model=model))).values()) for model in (
+        dataclasses.replace(config.model, stack="A2 (A{mlp=4})*4 A2"),
+        dataclasses.replace(config.model, stack="A2 (A{mlp=4} D{mlp=0,heads=4,gate=0})*4 A2"))]
+    assert sizes[1] - sizes[0] == 1_056_772 + 2 * 512 + 512 + 128
 
 
 GOLDEN = {
