@@ -213,12 +213,16 @@ class ModelSettings:
 
 @group
 class OptimSettings:
-    matrix_lr: float = setting(0.04, "Muon's rate", low=0.0)
-    tied_embed_lr: float = setting(0.05, "AdamW's rate for the embedding and other tables", low=0.0)
-    scalar_lr: float = setting(0.04, "AdamW's rate for gains and gates", low=0.0)
+    matrix_lr: float = setting(0.04, "rate of matrices", low=0.0)
+    tied_embed_lr: float = setting(0.05, "rate of the embedding and other tables", low=0.0)
+    scalar_lr: float = setting(0.04, "rate of gains and gates", low=0.0)
     muon_momentum: float = setting(0.95, "momentum of Muon", low=0.0, high=0.9999)
     muon_momentum_warmup_start: float = setting(0.85, "momentum at the first step", low=0.0, high=0.9999)
     muon_momentum_warmup_steps: int = setting(500, "steps until the full momentum", unit="steps", low=0)
+    matrix_optimizer: str = setting("muon", "update of matrices", choices=("muon", "adamw", "fro", "fro2"))
+    other_optimizer: str = setting("adamw", "update of everything else", choices=("adamw", "fro"))
+    fro_alpha: float = setting(0.1, "share of a step of fro and fro2 that is always taken", low=0.0, high=1.0)
+    fro_gamma: float = setting(0.8, "how much of the rest their resonance gives", low=0.0, high=10.0)
     muon_backend: str = setting("newton_schulz", "iteration that orthogonalises the update",
                                 choices=("newton_schulz", "polar_express"))
     muon_backend_steps: int = setting(5, "iterations of it", low=1, high=20)
@@ -4292,19 +4296,19 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
 
 
 class Role(NamedTuple):
-    """How a kind of parameter is trained: optimizer, and the names of the settings for rate and decay. How it is stored
-    is the policy's row of the same name."""
+    """How a kind of parameter is trained: the names of the settings for its update, its rate and its decay. How it is
+    stored is the policy's row of the same name."""
     optimizer: str
     rate: str
     decay: str
 
 
 ROLES: dict[str, Role] = {
-    "matrix": Role("muon", "matrix_lr", "muon_wd"),
-    "embedding": Role("adamw", "tied_embed_lr", "embed_wd"),
-    "table": Role("adamw", "tied_embed_lr", "embed_wd"),
-    "gain": Role("adamw", "scalar_lr", ""),
-    "gate": Role("adamw", "scalar_lr", ""),
+    "matrix": Role("matrix_optimizer", "matrix_lr", "muon_wd"),
+    "embedding": Role("other_optimizer", "tied_embed_lr", "embed_wd"),
+    "table": Role("other_optimizer", "tied_embed_lr", "embed_wd"),
+    "gain": Role("other_optimizer", "scalar_lr", ""),
+    "gate": Role("other_optimizer", "scalar_lr", ""),
 }
 
 
@@ -4373,6 +4377,92 @@ def adamw_update_(parameters: list[Tensor], grads: list[Tensor], firsts: list[Te
     torch._foreach_addcdiv_(parameters, firsts, roots, -rate / (1 - settings.beta1 ** step))
 
 
+FRO_PACES = (0.1, 0.01, 0.001)
+
+
+def fro_update_(parameters: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], step: int, rate: float,
+                decay: float, settings: OptimSettings) -> None:
+    """FRO's step number `step` (from 1) on all tensors, in place, as published: momentum over the root of the mean
+    square gradient (of matrices one a row, without the correction of its start), times alpha + (1 - alpha) gamma R. R
+    is the resonance of gradient and momentum: over three paces the geometric mean of their cosine's squared mean over
+    its mean square. As the momentum holds the gradient already, R is near 1 - (1 - pace)^step whatever the gradients
+    are. Source: Radial-BitNet, step 1."""
+    for parameter, grad, state in zip(parameters, grads, states, strict=True):
+        first, second, cosines = state["first"], state["second"], state["cosines"]
+        first.lerp_(grad, 1 - settings.beta1)
+        cosine = ((grad * first).sum() / (grad.norm() * first.norm() + settings.adam_eps)).clamp(-1, 1)
+        cosines.lerp_(torch.stack((cosine, cosine.square()))[:, None].expand_as(cosines),
+                      cosines.new_tensor(FRO_PACES).expand_as(cosines))
+        ratios = cosines[0].square() / (cosines[1] + settings.adam_eps)
+        resonance = (ratios + settings.adam_eps).log().mean().exp().clamp(0, 1)
+        squares = grad.square()
+        second.lerp_(squares.mean(1, keepdim=True) if grad.ndim == 2 else squares, 1 - settings.beta2)
+        share = (settings.fro_alpha + (1 - settings.fro_alpha) * settings.fro_gamma * resonance) / (
+            1 - settings.beta1 ** step)
+        parameter.mul_(1 - rate * decay)
+        parameter.sub_(rate * share * first / (second.sqrt() + settings.adam_eps))
+
+
+FRO2_HORIZONS = (5, 50, 500)
+FRO2_SKETCH = 4096  # coordinates of a tensor on which its momenta are kept
+FRO2_FLOOR = 0.05
+
+
+def fro2_share(grad: Tensor, state: dict[str, Tensor], step: int, settings: OptimSettings) -> Tensor:
+    """FRO-2's factor on a step, a scalar, number `step` from 1: how much a gradient agrees with what came before it.
+    For each horizon the momentum is read before the gradient enters it; R is the geometric mean, over horizons that are
+    full, of the cosine's signal to noise, at least FRO2_FLOOR; alpha + (1 - alpha) gamma R is divided by its own mean
+    so far, so that only the time of a larger step is chosen, not the rate. Ours, after FRO."""
+    flat = grad.flatten()
+    seen = flat[::-(-flat.numel() // FRO2_SKETCH)]
+    slow, cosines = state["slow"], state["cosines"]  # (3, n), (2, 3)
+    paces = 1 / slow.new_tensor(FRO2_HORIZONS)
+    cosine = (slow @ seen) / (slow.norm(dim=1) * seen.norm() + settings.adam_eps)
+    if step > 1:  # before, there is nothing to agree with
+        cosines.lerp_(torch.stack((cosine, cosine.square())), paces.expand_as(cosines))
+    full = [at for at, horizon in enumerate(FRO2_HORIZONS) if step > horizon]
+    resonance = cosine.new_ones(())
+    if full:
+        whole = 1 - (1 - paces[full]) ** (step - 1)
+        ratios = cosines[0, full].square() / (cosines[1, full] * whole + settings.adam_eps)
+        resonance = ratios.clamp(FRO2_FLOOR, 1).log().mean().exp()
+    slow.lerp_(seen.expand_as(slow), paces[:, None].expand_as(slow))
+    share = settings.fro_alpha + (1 - settings.fro_alpha) * settings.fro_gamma * resonance
+    state["mean"].lerp_(share, 1 / step)
+    return share / state["mean"]
+
+
+class Update(NamedTuple):
+    """An update rule: what it keeps of a parameter at first, and its step on several, in place: (parameters, gradients,
+    states, number of the step, rate, decay, settings). Without a step the directions are Muon's, whose work is divided
+    over ranks; `share`, where there is one, is a factor on them."""
+    fresh: Callable[[Tensor], dict[str, Tensor]]
+    step: Callable[..., None] | None
+    share: Callable[[Tensor, dict[str, Tensor], int, OptimSettings], Tensor] | None = None
+
+
+def adamw_step_(parameters: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], step: int, rate: float,
+                decay: float, settings: OptimSettings) -> None:
+    """adamw_update_ on states."""
+    adamw_update_(parameters, grads, [state["first"] for state in states], [state["second"] for state in states], step,
+                  rate, decay, settings)
+
+
+def _zeros(parameter: Tensor, *kinds: str) -> dict[str, Tensor]:
+    return {kind: torch.zeros_like(parameter) for kind in kinds}
+
+
+UPDATES: dict[str, Update] = {
+    "muon": Update(lambda p: _zeros(p, "momentum"), None),
+    "fro2": Update(lambda p: {**_zeros(p, "momentum"), "cosines": p.new_zeros(2, 3), "mean": p.new_zeros(()),
+                              "slow": p.new_zeros(3, -(-p.numel() // -(-p.numel() // FRO2_SKETCH)))}, None,
+                   fro2_share),
+    "adamw": Update(lambda p: _zeros(p, "first", "second"), adamw_step_),
+    "fro": Update(lambda p: {**_zeros(p, "first"), "cosines": p.new_zeros(2, 3),
+                             "second": p.new_zeros(len(p), 1) if p.ndim == 2 else torch.zeros_like(p)}, fro_update_),
+}
+
+
 class Progress(NamedTuple):
     """Where training stands: steps done, fraction done (0..1), steps left at this pace, seconds left of the budget."""
     step: int
@@ -4434,10 +4524,10 @@ class Optimizer:
         self.parameters = dict(model.named_parameters())
         self.state: dict[str, dict[str, Tensor]] = {}
         self.counts: dict[str, int] = dict.fromkeys(self.parameters, 0)
+        self.rules = {name: getattr(settings, ROLES[p.role].optimizer) for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            kinds = ("momentum",) if ROLES[parameter.role].optimizer == "muon" else ("first", "second")
-            self.state[name] = {kind: torch.zeros_like(parameter) for kind in kinds}
-        matrices = {name: p for name, p in self.parameters.items() if ROLES[p.role].optimizer == "muon"}
+            self.state[name] = UPDATES[self.rules[name]].fresh(parameter.detach())
+        matrices = {name: p for name, p in self.parameters.items() if UPDATES[self.rules[name]].step is None}
         self.owners = share_out({name: p.numel() * min(p.shape) for name, p in matrices.items()}, world.size)
 
     @torch.no_grad()
@@ -4449,24 +4539,34 @@ class Optimizer:
         banks = self._begin_directions(matrices, momentum) if matrices else []
         together: dict[tuple[str, int], list[str]] = {}
         for name, parameter in present.items():
+            self.counts[name] += 1
             if name not in self.owners:
-                self.counts[name] += 1
                 together.setdefault((parameter.role, self.counts[name]), []).append(name)
         for (role, count), names in together.items():
-            row = ROLES[role]
-            adamw_update_([present[name] for name in names], [present[name].grad for name in names],
-                          [self.state[name]["first"] for name in names],
-                          [self.state[name]["second"] for name in names], count,
-                          factor * getattr(self.settings, row.rate),
-                          decay_share * getattr(self.settings, row.decay) if row.decay else 0.0, self.settings)
-        row = ROLES["matrix"]
-        rate, decay = factor * getattr(self.settings, row.rate), decay_share * getattr(self.settings, row.decay)
+            rate, decay = self._rates(role, factor, decay_share)
+            chosen = [present[name] for name in names]
+            UPDATES[self.rules[names[0]]].step(chosen, [parameter.grad for parameter in chosen],
+                                               [self.state[name] for name in names], count, rate, decay, self.settings)
+        rate, decay = self._rates("matrix", factor, decay_share)
         for names, directions, wait in banks:
+            shares = [self._share(name, present[name].grad) for name in names]
             wait()
             chosen = [present[name] for name in names]
             torch._foreach_mul_(chosen, 1 - rate * decay)
-            torch._foreach_add_(chosen, [part.float() for part in directions],
+            torch._foreach_add_(chosen, [part.float() if share is None else part.float() * share
+                                         for part, share in zip(directions, shares, strict=True)],
                                 alpha=-rate * muon_scale(chosen[0].shape))
+
+    def _rates(self, role: str, factor: float, decay_share: float) -> tuple[float, float]:
+        """Rate and decay of a role at this step."""
+        row = ROLES[role]
+        return (factor * getattr(self.settings, row.rate),
+                decay_share * getattr(self.settings, row.decay) if row.decay else 0.0)
+
+    def _share(self, name: str, grad: Tensor) -> Tensor | None:
+        """The factor on a direction, where its rule has one."""
+        share = UPDATES[self.rules[name]].share
+        return None if share is None else share(grad, self.state[name], self.counts[name], self.settings)
 
     def _begin_directions(self, present: dict[str, nn.Parameter], momentum: float
                           ) -> list[tuple[list[str], list[Tensor], Callable[[], object]]]:
@@ -7716,7 +7816,9 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "TOKEN_PARTS": set(token_parts(config.model)), "BETWEEN": set(between(config.model)),
             "ATTN_GATES": {config.model.attn_gate} - {"none"},
             "FINAL_LANES": {config.model.parallel_final_lane},
-            "MUON_BACKENDS": {config.optim.muon_backend}, "EVALUATORS": {"contiguous", *config.eval.eval},
+            "MUON_BACKENDS": {config.optim.muon_backend},
+            "UPDATES": {config.optim.matrix_optimizer, config.optim.other_optimizer},
+            "EVALUATORS": {"contiguous", *config.eval.eval},
             "GATES": {config.ngram.ngram_gate} if "ngram" in config.eval.eval else set(),
             "TEACHERS": teachers_of(config)}
 
@@ -7727,7 +7829,7 @@ def check_rows(config: Config) -> None:
               "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
               "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
               "FINAL_LANES": FINAL_LANES, "KERNELS": KERNELS, "STARTS": STARTS,
-              "BETWEEN": BETWEEN}
+              "BETWEEN": BETWEEN, "UPDATES": UPDATES}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]

@@ -1,6 +1,7 @@
 """OPTIMIZERS: updates against oracles, schedules as functions, sharing of work."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from train_gpt import (
     MUON_BACKENDS,
     ROLES,
+    UPDATES,
     Average,
     Optimizer,
     OptimSettings,
@@ -19,6 +21,8 @@ from train_gpt import (
     World,
     adamw_update_,
     decay_factor,
+    fro2_share,
+    fro_update_,
     momentum_at,
     muon_direction,
     muon_scale,
@@ -90,6 +94,95 @@ def test_a_step_of_the_optimizer_by_hand():
     update = orthogonalize((matrix.grad + 0.9 * held)[None], "newton_schulz", 5, torch.float32)[0]
     wanted = before * (1 - 0.1 * 0.25 * 0.5 * 0.4) - 0.1 * 0.25 * muon_scale(matrix.shape) * update
     assert torch.allclose(matrix, wanted, atol=1e-6) and torch.allclose(state, held)
+
+
+def fro_state(tensor):
+    return UPDATES["fro"].fresh(tensor)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (7,)])
+def test_fro_by_hand(shape):
+    """The published rule in plain numbers, over several steps, on a matrix and a vector."""
+    settings = OptimSettings(beta2=0.999, fro_alpha=0.1, fro_gamma=0.8)
+    ours = torch.randn(shape, dtype=torch.float64)
+    wanted, state = ours.clone(), fro_state(ours)
+    m, v, mu, sigma = torch.zeros_like(ours), torch.zeros_like(ours), [0.0] * 3, [0.0] * 3
+    for step in range(1, 6):
+        g = torch.randn(shape, dtype=torch.float64)
+        fro_update_([ours], [g], [state], step, 0.01, 0.1, settings)
+        m = 0.9 * m + 0.1 * g
+        rho = float((g * m).sum() / (g.norm() * m.norm() + 1e-8))
+        for k, pace in enumerate((0.1, 0.01, 0.001)):
+            mu[k] += pace * (rho - mu[k])
+            sigma[k] += pace * (rho ** 2 - sigma[k])
+        r = math.exp(sum(math.log(a * a / (b + 1e-8) + 1e-8) for a, b in zip(mu, sigma, strict=True)) / 3)
+        square = g.square().mean(1, keepdim=True) if len(shape) == 2 else g.square()
+        v = 0.999 * v + 0.001 * square
+        share = (0.1 + 0.9 * 0.8 * min(1.0, r)) / (1 - 0.9 ** step)
+        wanted = wanted * (1 - 0.01 * 0.1) - 0.01 * share * m / (v.sqrt() + 1e-8)
+        assert torch.allclose(ours, wanted, atol=1e-12)
+
+
+def test_fros_resonance_says_nothing_about_the_gradients():
+    """Noise and one gradient again and again end with the same factor: the start of its means."""
+    found = []
+    for again in (False, True):
+        state, settings = fro_state(torch.zeros(40, 40, dtype=torch.float64)), OptimSettings()
+        grad = torch.randn(40, 40, dtype=torch.float64)
+        for step in range(1, 101):
+            grad = grad if again else torch.randn_like(grad)
+            fro_update_([torch.zeros_like(grad)], [grad], [state], step, 0.0, 0.0, settings)
+        ratios = state["cosines"][0].square() / state["cosines"][1]
+        found.append(float(ratios.log().mean().exp()))
+    assert abs(found[0] - found[1]) < 0.02 and found[1] == pytest.approx(0.392, abs=0.02)
+
+
+def resonances(gradients, **more):
+    """FRO-2's factor and its share before the division, step by step."""
+    settings = OptimSettings(**{"fro_alpha": 0.3, "fro_gamma": 1.0, **more})
+    state, found = UPDATES["fro2"].fresh(torch.zeros(60, 100)), []
+    for step, grad in enumerate(gradients, 1):
+        mean = float(state["mean"])
+        factor = float(fro2_share(grad, state, step, settings))
+        raw = mean + (float(state["mean"]) - mean) * step
+        found.append((factor, (raw - settings.fro_alpha) / (1 - settings.fro_alpha) / max(settings.fro_gamma, 1e-9)))
+    return found
+
+
+def test_fro2_tells_signal_from_noise_and_keeps_the_rate():
+    """Noise: the resonance is at its floor; one gradient again and again: at 1. The factor is 1 on average."""
+    torch.manual_seed(0)
+    grad = torch.randn(60, 100)
+    noise = resonances(torch.randn(60, 100) for _ in range(400))
+    steady = resonances(grad for _ in range(400))
+    mixed = resonances(grad + 3 * torch.randn(60, 100) for _ in range(400))
+    assert sum(r for _, r in noise[-100:]) / 100 < 0.12 and steady[-1][1] > 0.98
+    assert noise[-1][1] < mixed[-1][1] < steady[-1][1] + 1e-6
+    for found in (noise, steady, mixed):
+        assert sum(factor for factor, _ in found) / len(found) == pytest.approx(1, abs=0.25)
+        assert all(math.isfinite(factor) and factor > 0 for factor, _ in found)
+    assert all(factor == pytest.approx(1, abs=1e-5) for factor, _ in steady)
+
+
+@pytest.mark.parametrize("rule", ["fro2", "adamw", "fro"])
+def test_rules_of_matrices_are_rows(rule):
+    """fro2 without gamma is muon to the bit; the others move every matrix, by their own states."""
+    models = [make_model(small_config(STACK="A2", PRESET="sixteen"), 3, shake=0.1) for _ in range(2)]
+    settings = [OptimSettings(matrix_optimizer=name, fro_gamma=0.0) for name in ("muon", rule)]
+    optimizers = [Optimizer(model, each, World(), torch.float32) for model, each in zip(models, settings, strict=True)]
+    for step in range(8):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step(1.0, 0.9)
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.isfinite(two).all()
+        assert torch.equal(one, two) == (rule == "fro2" or one.role != "matrix"), name
+    assert optimizers[1].counts["blocks.0.mlp.up.weight"] == 8
+    kinds = set(optimizers[1].state["blocks.0.mlp.up.weight"])
+    assert kinds == {"fro2": {"momentum", "cosines", "mean", "slow"}, "adamw": {"first", "second"},
+                     "fro": {"first", "second", "cosines"}}[rule]
 
 
 def test_decay_tapers():

@@ -73,6 +73,9 @@ ROWS: dict[str, list[str]] = {
     "rotate-all": ["ROPE_DIMS=0"],
     "uniform-init": ["MATRIX_INIT=uniform"],
     "no-allocation": ["ALLOCATE=0"],
+    "adamw": ["MATRIX_OPTIMIZER=adamw", "MATRIX_LR=0.004"],
+    "fro": ["MATRIX_OPTIMIZER=fro", "OTHER_OPTIMIZER=fro", "MATRIX_LR=0.002", "TIED_EMBED_LR=0.01", "SCALAR_LR=0.01"],
+    "fro2": ["MATRIX_OPTIMIZER=fro2", "FRO_ALPHA=0.3", "FRO_GAMMA=1"],
 }
 
 # Rows of `crawler`: passes of the shared block, what tells them apart, the delta memory, training for the squeeze of

@@ -708,7 +708,7 @@ class Speed:
         others: dict[str, list[Tensor]] = {}
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-            if gpt.ROLES[parameter.role].optimizer == "muon":
+            if gpt.UPDATES[getattr(optim, gpt.ROLES[parameter.role].optimizer)].step is None:
                 banks.setdefault(tuple(parameter.shape), []).append(parameter.detach())
             else:
                 others.setdefault(parameter.role, []).append(parameter.detach())
