@@ -150,14 +150,26 @@ class ModelSettings:
     num_heads: int = setting(8, "query heads", low=1)
     num_kv_heads: int = setting(4, "key/value heads; must divide NUM_HEADS", low=1)
     mlp_mult: float = setting(2.0, "feed-forward width over MODEL_DIM", low=0.0, high=64.0)
+    mlp_act: str = setting("relu_sq", "activation of the feed-forward", choices=("relu_sq", "gelu"))
     mlp_slope: float = setting(0.0, "negative slope of the squared leaky ReLU; 0 is squared ReLU", low=0.0, high=1.0)
+    extra_norms: bool = setting(False, "an RMS norm before the matrices that end a branch, too")
+    post_norm: bool = setting(False, "an RMS norm with gains behind each block")
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
-    rope_dims: int = setting(0, "channels of a head that rotate; 0 is all", unit="channels", low=0)
+    rope_dims: int = setting(0, "channels of a head that rotate; 0 is all, -1 is none", unit="channels", low=-1)
+    yarn_factor: float = setting(1.0, "slow rotary frequencies are divided by up to this: the longest context over "
+                                 "that of training", low=1.0)
+    positions: str = setting("none", "what tells a token its place in its document, added to its embedding: a learned "
+                             "table, or four features of the place's bits (radial, as published) or five smooth ones",
+                             choices=("none", "learned", "radial", "radial_smooth"))
+    position_rows: int = setting(1024, "places that are told apart; published radial has 256", unit="tokens", low=2)
     qk_gain_init: float = setting(1.5, "starting gain of the queries, per head", low=0.0)
     norm_eps: float = setting(1e-6, "added to the mean square in every RMS norm", low=0.0, high=1.0)
     unet_skips: bool = setting(True, "skip connections between visits that mirror each other around the middle")
     skip_gates_enabled: bool = setting(False, "skips are mixed in through a learned gate instead of added")
     logit_softcap: float = setting(30.0, "logits are bent into +-this by tanh; 0 leaves them", low=0.0)
+    softcap_type: str = setting("tanh", "how they are bent: tanh, or a polynomial of degree 5 that ends at the bound",
+                                choices=("tanh", "poly"))
+    logit_bias: bool = setting(False, "a learned bias for each token before that")
     asym_logit_rescale: bool = setting(False, "two learned bounds, for logits above and below 0, in its place")
     xsa_last_n: int = setting(0, "the last so many blocks take the part along their own value out of attention", low=0)
     attn_gate: str = setting("none", "gate on the output of each head: from the first GATE_WINDOW channels (sparse, "
@@ -181,7 +193,7 @@ class ModelSettings:
     tied_embed_init_std: float = setting(0.005, "standard deviation of the embedding at the start", low=0.0)
     ngram_head: bool = setting(False, "a head that weighs the model against n-grams, for NGRAM_GATE=head")
     matrix_init: str = setting("uniform", "start of matrices that do not end a branch (those start at zero)",
-                               choices=("uniform", "orthogonal"))
+                               choices=("uniform", "orthogonal", "gaussian"))
     smear_channels: bool = setting(False, "channels of an embedding take a learned share of the one before, within "
                                    "documents")
     expand_k: float = setting(1.0, "key channels of a recurrent mixer's heads over MODEL_DIM", low=0.0, high=16.0)
@@ -223,6 +235,11 @@ class OptimSettings:
     other_optimizer: str = setting("adamw", "update of everything else", choices=("adamw", "fro"))
     fro_alpha: float = setting(0.1, "share of a step of fro and fro2 that is always taken", low=0.0, high=1.0)
     fro_gamma: float = setting(0.8, "how much of the rest their resonance gives", low=0.0, high=10.0)
+    cags: str = setting("none", "steps of ternary latents grow near the border between two trits where zeros are near: "
+                        "of the gradient as published, or of the update", choices=("none", "published", "placed"))
+    cags_alpha: float = setting(0.8, "how much", low=0.0, high=10.0)
+    rate_term: float = setting(0.0, "pull of ternary latents near the border towards zero, as a share of the rate: "
+                               "fewer bits a trit", low=0.0, high=100.0)
     muon_backend: str = setting("newton_schulz", "iteration that orthogonalises the update",
                                 choices=("newton_schulz", "polar_express"))
     muon_backend_steps: int = setting(5, "iterations of it", low=1, high=20)
@@ -270,6 +287,10 @@ class TrainSettings:
                                          "once, while the rate is above half of the full one; 0: all visit once", low=0)
     crawler_cadence_main: int = setting(1, "the same while the rate is above a fifth", low=0)
     crawler_cadence_late: int = setting(1, "the same below", low=0)
+    pass_drop: float = setting(0.0, "chance that a pass of a ( ) group is left out of a micro-batch in training",
+                               low=0.0, high=0.9)
+    z_loss: float = setting(0.0, "weight of the mean squared log-sum of the logits in training; no score holds it",
+                            low=0.0)
     complement_alpha: float = setting(0.0, "the loss of a target falls with the share that earlier training pairs gave "
                                       "it, down to a tenth; 0 is off", low=0.0, high=1.0)
     sync_check_every: int = setting(500, "steps between checks that all ranks hold the same weights", unit="steps",
@@ -641,8 +662,22 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model.model_dim % c.model.num_heads or (c.model.model_dim // c.model.num_heads) % 2 == 0,
      "NUM_HEADS={model.num_heads}: MODEL_DIM={model.model_dim} over it must be even, rotary embedding turns pairs"),
     (lambda c: c.model.model_dim % c.model.num_heads or (
-        c.model.rope_dims % 2 == 0 and c.model.rope_dims <= c.model.model_dim // c.model.num_heads),
-     "ROPE_DIMS={model.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS"),
+        c.model.rope_dims == -1 or c.model.rope_dims % 2 == 0 and
+        c.model.rope_dims <= c.model.model_dim // c.model.num_heads),
+     "ROPE_DIMS={model.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS, or -1"),
+    (lambda c: c.model.softcap_type == "tanh" or c.model.logit_softcap and not c.model.asym_logit_rescale,
+     "SOFTCAP_TYPE=poly: needs LOGIT_SOFTCAP above 0 and ASYM_LOGIT_RESCALE=0"),
+    (lambda c: c.model.positions in ("none", "radial") or c.model.position_rows >= max(
+        c.train.train_seq_len, c.eval.eval_seq_len, c.ttt.ttt_eval_seq_len * ("ttt" in c.eval.eval)),
+     "POSITION_ROWS={model.position_rows}: POSITIONS={model.positions} would begin again within "
+     "TRAIN_SEQ_LEN={train.train_seq_len}, EVAL_SEQ_LEN={eval.eval_seq_len} or "
+     "TTT_EVAL_SEQ_LEN={ttt.ttt_eval_seq_len}"),
+    (lambda c: c.optim.cags == "none" and not c.optim.rate_term or c.artifact.qat_start < 1 and (
+        c.artifact.matrix_format == "ternary" or "ternary" in c.artifact.policy),
+     "CAGS={optim.cags}, RATE_TERM={optim.rate_term}: need ternary weights that are trained as such, MATRIX_FORMAT="
+     "ternary and QAT_START below 1"),
+    (lambda c: not c.train.pass_drop or repeats(c.model.stack),
+     "PASS_DROP={train.pass_drop}: STACK={model.stack} has no ( ) group with several passes"),
     (lambda c: c.train.micro_batch_tokens % math.lcm(*(length for _, length in parse_seq_schedule(c.train))) == 0,
      "MICRO_BATCH_TOKENS={train.micro_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={train.train_seq_len} and of "
      "every length in TRAIN_SEQ_SCHEDULE={train.train_seq_schedule}, together"),
@@ -651,6 +686,8 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: max(c.model.xsa_last_n, c.model.parallel_start_layer + 1) <= max(1, len(parse_stack(c.model.stack)[0])),
      "XSA_LAST_N={model.xsa_last_n}, PARALLEL_START_LAYER={model.parallel_start_layer}: beyond the blocks of "
      "STACK={model.stack}"),
+    (lambda c: not c.model.post_norm or not c.model.parallel_start_layer,
+     "POST_NORM=1: PARALLEL_START_LAYER={model.parallel_start_layer} must be 0, lanes have no common stream to norm"),
     (lambda c: c.optim.wd_taper_final_mult == 1 or c.optim.wd_taper_start_frac < 1,
      "WD_TAPER_FINAL_MULT={optim.wd_taper_final_mult}: needs WD_TAPER_START_FRAC below 1, else it never begins"),
     (lambda c: c.model.gate_window <= c.model.model_dim,
@@ -666,13 +703,31 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         for block in parse_stack(c.model.stack)[0]),
      "VALUE_RESIDUAL={model.value_residual}, VE_LAYERS={model.ve_layers}: all blocks must be attention with the same "
      "heads, STACK={model.stack} has others"),
+    (lambda c: not letters_of(c.model.stack).isdisjoint("DG") or not (c.model.efla or c.model.allow_neg_eigval),
+     "EFLA={model.efla}, ALLOW_NEG_EIGVAL={model.allow_neg_eigval}: STACK={model.stack} has no delta rule, D or G"),
+    (lambda c: "T" in letters_of(c.model.stack) or c.model.titans_depth == 1 and not c.model.titans_context,
+     "TITANS_DEPTH={model.titans_depth}, TITANS_CONTEXT={model.titans_context}: STACK={model.stack} has no Titans "
+     "memory, T"),
+    (lambda c: letters_of(c.model.stack) > {"A"} or "A" not in letters_of(c.model.stack) or all(
+        getattr(c.model, name) == SETTINGS[name.upper()][1].default
+        for name in ("expand_k", "expand_v", "conv_size", "mixer_gate", "mixer_chunk")),
+     "EXPAND_K, EXPAND_V, CONV_SIZE, MIXER_GATE, MIXER_CHUNK: STACK={model.stack} has no recurrent mixer that they "
+     "concern"),
+    (lambda c: "A" in letters_of(c.model.stack) or c.model.attn_gate == "none" and not c.model.xsa_last_n,
+     "ATTN_GATE={model.attn_gate}, XSA_LAST_N={model.xsa_last_n}: STACK={model.stack} has no attention, A"),
+    (lambda c: len(c.model.crawler_loop_rope_scales) <= max(
+        item.passes[-1][1] for item in parse_stack(c.model.stack)[1]),
+     "CRAWLER_LOOP_ROPE_SCALES={model.crawler_loop_rope_scales}: more than any ( ) group of STACK={model.stack} has "
+     "passes"),
+    (lambda c: c.artifact.qat_start < 1 or (c.artifact.qat_kind, c.artifact.qat_parts) == ("stored", "all"),
+     "QAT_KIND={artifact.qat_kind}, QAT_PARTS={artifact.qat_parts}: need QAT_START below 1, else they never act"),
     (lambda c: not c.model.persistent_slots or c.model.titans_context,
      "PERSISTENT_SLOTS={model.persistent_slots}: needs TITANS_CONTEXT=1, the attention that sees them"),
-    (lambda c: not c.model.titans_context or c.model.expand_k == c.model.expand_v == 1 and all(
-        {"expand_k", "expand_v"}.isdisjoint(block.overrides) for block in parse_stack(c.model.stack)[0]
-        if block.letter == "T"),
-     "TITANS_CONTEXT=1: memory and attention share keys and values, so EXPAND_K={model.expand_k} and "
-     "EXPAND_V={model.expand_v} must be 1"),
+    (lambda c: not c.model.titans_context or all(
+        own.expand_k == own.expand_v == 1 for block in parse_stack(c.model.stack)[0] if block.letter == "T"
+        for own in [own_settings(c.model, block)]),
+     "TITANS_CONTEXT=1: memory and attention share keys and values, so EXPAND_K, EXPAND_V and their overrides key and "
+     "value must be 1 for every T of STACK={model.stack}"),
     (lambda c: not c.model.efla or not c.model.allow_neg_eigval,
      "EFLA=1: its exact step never exceeds 1, ALLOW_NEG_EIGVAL={model.allow_neg_eigval} would double it"),
     (lambda c: repeats(c.model.stack) or not (c.model.loop_instructions != "none" or c.model.crawler_tap_dim or
@@ -764,22 +819,24 @@ def help_text() -> str:
 
 
 class Visits(NamedTuple):
-    """A run of blocks and when it is visited how often: ((fraction of training, passes), ...), first at 0."""
+    """A run of blocks and when it is visited how often: ((fraction of training, passes), ...), first at 0; whether it
+    is a ( ) group."""
     blocks: tuple[int, ...]
     passes: tuple[tuple[float, int], ...]
+    grouped: bool
 
 
 class Block(NamedTuple):
     """One physical block: its mixer's letter and its own overrides of the model's settings."""
     letter: str
-    overrides: dict[str, float]
+    overrides: dict[str, Any]
 
 
-# What {key=value} behind a letter changes: the model's setting, and whether it is a whole number, and at least what.
-OVERRIDES: dict[str, tuple[str, bool, int]] = {
-    "mlp": ("mlp_mult", False, 0), "heads": ("num_heads", True, 1), "kv": ("num_kv_heads", True, 1),
-    "key": ("expand_k", False, 0), "value": ("expand_v", False, 0), "conv": ("conv_size", True, 0),
-    "gate": ("mixer_gate", True, 0), "xsa": ("xsa_last_n", True, 0)}
+# What {key=value} behind a letter changes: the model's setting, and the letters that have it.
+OVERRIDES: dict[str, tuple[str, str]] = {
+    "mlp": ("mlp_mult", "ADGXT"), "heads": ("num_heads", "ADGXT"), "kv": ("num_kv_heads", "A"),
+    "xsa": ("xsa_last_n", "A"), "key": ("expand_k", "DGXT"), "value": ("expand_v", "DGXT"),
+    "conv": ("conv_size", "DGXT"), "gate": ("mixer_gate", "DGXT")}
 # Letter -> the operation of KERNELS that mixes positions. A attention, D delta rule, G gated delta rule, X mLSTM,
 # T Titans memory (of depth 1; "deep" stands for 2).
 MIXER_KERNELS = {"A": "attention", "D": "delta", "G": "delta", "X": "mlstm", "T": "titans"}
@@ -812,13 +869,14 @@ def _parse_block(stack: str, letter: str, over: str | None, at: int) -> Block:
         raise _stack_fault(stack, at, f"{letter} is not a mixer; known: {', '.join(MIXER_KERNELS)}")
     overrides = {}
     for part in filter(None, (over or "").split(",")):
-        key, _, value = part.partition("=")
-        if key.strip() not in OVERRIDES or not re.fullmatch(r"\d+(\.\d+)?", value.strip()):
-            raise _stack_fault(stack, at, f"{{{part}}}: write {{key=number}} with a key of {', '.join(OVERRIDES)}")
-        name, whole, least = OVERRIDES[key.strip()]
-        overrides[name] = float(value)
-        if whole and (float(value) < least or float(value) != int(float(value))):
-            raise _stack_fault(stack, at, f"{{{part}}}: must be a whole number, at least {least}")
+        key, _, value = (word.strip() for word in part.partition("="))
+        known = {name for name, (_, letters) in OVERRIDES.items() if letter in letters}
+        if key not in known or not re.fullmatch(r"\d+(\.\d+)?", value):
+            raise _stack_fault(stack, at, f"{{{part}}}: write {{key=number}} with a key of {', '.join(sorted(known))}")
+        try:
+            overrides[OVERRIDES[key][0]] = parse_value(OVERRIDES[key][0].upper(), value)
+        except ConfigError as error:
+            raise _stack_fault(stack, at, f"{{{part}}}: {str(error).partition(': ')[2]}") from None
     return Block(letter, overrides)
 
 
@@ -867,13 +925,19 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
     visits = []
     for item in root:
         members, passes = ((item,), ((0.0, 1),)) if isinstance(item, Block) else item
-        visits.append(Visits(tuple(range(len(blocks), len(blocks) + len(members))), passes))
+        visits.append(Visits(tuple(range(len(blocks), len(blocks) + len(members))), passes,
+                             not isinstance(item, Block)))
         blocks += members
     if len({frac for item in visits for frac, _ in item.passes}) > MAX_PHASES:
         raise ConfigError(f"STACK={stack}: at most {MAX_PHASES} different plans; each is compiled")
     if not blocks or len(blocks) > MAX_BLOCKS or sum(len(v.blocks) * v.passes[-1][1] for v in visits) > MAX_VISITS:
         raise ConfigError(f"STACK={stack}: must have 1 to {MAX_BLOCKS} blocks and at most {MAX_VISITS} visits")
     return tuple(blocks), tuple(visits)
+
+
+def letters_of(stack: str) -> set[str]:
+    """The mixers of a STACK."""
+    return {block.letter for block in parse_stack(stack)[0]}
 
 
 def repeats(stack: str) -> bool:
@@ -888,8 +952,7 @@ def cadences(settings: TrainSettings) -> set[int]:
 
 def own_settings(settings: ModelSettings, block: Block) -> ModelSettings:
     """The model's settings with a block's own in their places."""
-    return dataclasses.replace(settings, **{name: SETTINGS[name.upper()][1].type(value)
-                                            for name, value in block.overrides.items()})
+    return dataclasses.replace(settings, **block.overrides)
 
 
 def check_heads(settings: ModelSettings) -> None:
@@ -901,14 +964,15 @@ def check_heads(settings: ModelSettings) -> None:
         channels, rest = divmod(settings.model_dim, heads)
         if block.letter != "A":
             wide = [settings.model_dim * share / heads for share in (own.expand_k, own.expand_v)]
-            if rest or any(size < 1 or size != int(size) for size in wide):
+            if rest or any(size < 1 or abs(size - round(size)) > 1e-6 for size in wide):
                 raise ConfigError(f"STACK={settings.stack}: {block.letter} with heads={heads}: must divide "
                                   f"MODEL_DIM={settings.model_dim}, and its parts times EXPAND_K and EXPAND_V must be "
                                   "whole numbers of channels")
             if not (block.letter == "T" and settings.titans_context):
                 continue
             kv = heads
-        if rest or channels % 2 or heads % kv or settings.rope_dims % 2 or settings.rope_dims > channels:
+        if rest or channels % 2 or heads % kv or settings.rope_dims > 0 and settings.rope_dims % 2 or (
+                settings.rope_dims > channels):
             raise ConfigError(f"STACK={settings.stack}: heads={heads} kv={kv}: heads must divide "
                               f"MODEL_DIM={settings.model_dim} into even parts of at least "
                               f"ROPE_DIMS={settings.rope_dims} channels, and kv must divide heads")
@@ -972,8 +1036,8 @@ PRESETS: dict[str, Preset] = {
     "clowncar": Preset(
         "the crawler: one shared block in four passes between flat pairs, told apart by flow instructions; mended: the "
         "instructions are trained, documents are isolated, true GPTQ on Hessians over all passes and of the weights "
-        "that are exported; the delta memory, which must begin anew in every pass, is D{mlp=0,heads=4,gate=0} in the "
-        "group",
+        "that are exported, LN_SCALE by the place in the stack; the delta memory, which must begin anew in every pass, "
+        "is D{mlp=0,heads=4,gate=0} in the group",
         "PR 990 of the challenge: 1.1813 BPB at 9.1 MB",
         {"STACK": "A2 (A{mlp=4,xsa=1})*4 A2", "MLP_MULT": 3.0, "ROPE_DIMS": 16,
          "ROPE_BASE": 22082.0, "NORM_EPS": 1.1920929e-07, "MATRIX_INIT": "orthogonal", "LN_SCALE": True,
@@ -992,6 +1056,49 @@ PRESETS: dict[str, Preset] = {
                   "MUON_WD": 0.0, "EMBED_WD": 0.0, "EMA_DECAY": 0.0, "GRAD_CLIP_NORM": 1.0, "WARMDOWN_ITERS": 0,
                   "WARMDOWN_FRAC": 0.85}},
         13_430_316, ((163_843, "value embedding that no block read"),)),
+    "jamone": Preset(
+        "one ternary block, 31 passes, with CAGS; mended: attention is causal, ternary weights get their gradient, "
+        "CAGS is placed behind the optimizer's normalisation and has a rate term, bytes are those of a file",
+        "JamOne Nano v6.4: no score of a language model was published",
+        {"STACK": "(A)*31", "NUM_KV_HEADS": 8, "MLP_MULT": 4.0, "MLP_ACT": "gelu", "POSITIONS": "learned",
+         "ROPE_DIMS": -1, "POST_NORM": True, "UNET_SKIPS": False, "LOGIT_SOFTCAP": 0.0, "TIED_EMBED_INIT_STD": 0.02,
+         "MATRIX_INIT": "gaussian", "QK_GAIN_INIT": 1.0, "PASS_DROP": 0.05, "MATRIX_FORMAT": "ternary",
+         "GROUP_SIZE": 128, "EMBED_BITS": 6, "EMBED_CLIP_SIGMAS": 12.85, "QAT_START": 0.0, "CAGS": "placed",
+         "RATE_TERM": 1.0, "MATRIX_LR": 0.02, "TIED_EMBED_LR": 0.01, "SCALAR_LR": 0.01, "GRAD_CLIP_NORM": 1.0,
+         "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.5, "CODEC": "context,range,brotli"},
+        {"tiny": {"STACK": "(A)*8", "MUON_MOMENTUM_WARMUP_STEPS": 100, "POSITION_ROWS": 256, "NUM_KV_HEADS": 3}},
+        4_200_450, ((4_608, "biases of matrices"), (1_538, "gains of three norms, and of two ternary matrices"),
+                    (-2_568, "our gains: mix with the embedding, branches, queries, norm behind the block"))),
+    "radial": Preset(
+        "radial encoding of places and FRO on a ternary model; mended: the weights are ternary, not binary, and are "
+        "stored as trits, bytes are counted as they are, places are told apart beyond 256 and by features without "
+        "jumps, FRO-2, whose resonance says something",
+        "Radial-BitNet, step 1: 2.6034 published, about 3.5 BPB with the bytes counted right",
+        {"STACK": "A12", "MODEL_DIM": 384, "NUM_HEADS": 6, "NUM_KV_HEADS": 2, "MLP_MULT": 3.0, "MLP_ACT": "gelu",
+         "POSITIONS": "radial_smooth", "ROPE_DIMS": 16, "UNET_SKIPS": False, "LOGIT_SOFTCAP": 0.0,
+         "TIED_EMBED_INIT_STD": 0.02, "QK_GAIN_INIT": 1.0, "MATRIX_OPTIMIZER": "fro2", "FRO_ALPHA": 0.3,
+         "FRO_GAMMA": 1.0, "MATRIX_LR": 0.02, "TIED_EMBED_LR": 0.01, "SCALAR_LR": 0.01, "GRAD_CLIP_NORM": 1.0,
+         "TRAIN_BATCH_TOKENS": 65536, "MICRO_BATCH_TOKENS": 8192, "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.5,
+         "MATRIX_FORMAT": "ternary", "GROUP_SIZE": 128, "QAT_START": 0.0, "CODEC": "context,range,brotli"},
+        {"tiny": {"STACK": "A4", "NUM_HEADS": 3, "NUM_KV_HEADS": 1, "POSITION_ROWS": 256,
+                  "MUON_MOMENTUM_WARMUP_STEPS": 100}},
+        15_739_776, ((9_600, "gains of 25 norms"), (-384, "a fifth feature of a place"),
+                     (-18_504, "our gains: mix with the embedding, branches, queries"))),
+    "ternary": Preset(
+        "the ternary U-Net: groups of 128 weights, fp8 embedding through a factor, norms before every matrix, "
+        "polynomial soft-cap; mended: export is what was trained without a correction, the score has no z-loss in it, "
+        "an arithmetic coder instead of packed trits",
+        "the challenge's ternary records: 1.1570 and 1.1539 BPB",
+        {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192, "STACK": "A10", "MODEL_DIM": 768,
+         "MLP_MULT": 4.0, "EXTRA_NORMS": True, "EMBED_DIM": 254, "ROPE_BASE": 5000.0, "YARN_FACTOR": 2.0,
+         "LOGIT_SOFTCAP": 10.0, "SOFTCAP_TYPE": "poly", "LOGIT_BIAS": True, "QK_GAIN_INIT": 2.25,
+         "MATRIX_INIT": "gaussian", "TIED_EMBED_LR": 0.02, "SCALAR_LR": 0.02, "MUON_BACKEND_STEPS": 3,
+         "MUON_ROW_NORMALIZE": True, "Z_LOSS": 1e-4, "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.2,
+         "MATRIX_FORMAT": "ternary", "GROUP_SIZE": 128, "EMBED_FORMAT": "fp8",
+         "POLICY": "embed_proj.weight: fp8; head_proj.weight: fp8", "QAT_START": 0.0, "CODEC": "context,range,brotli",
+         "EVAL_STRIDE": 16},
+        {"tiny": {"DATA_PATH": "./data/datasets/wikitext2_sp2048", "STACK": "A4", "EMBED_DIM": 96, "EVAL_STRIDE": 128,
+                  "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 100, "WARMDOWN_FRAC": 0.5}}),
     "sixteen": Preset(
         "our own best stack: the record stack with steps allocated by cost and fitted to the cap, and with strict "
         "test-time training; in a CPU's minutes hashed pairs of tokens in place of what pays later",
@@ -1689,11 +1796,12 @@ class Lessons(NamedTuple):
 
 class Batch(NamedTuple):
     """One forward's worth: inputs and next-token targets (B, T) int64, documents (int32 (B, T), spans of one packed
-    row, or None), and lessons."""
+    row, or None), lessons, and which passes of ( ) groups take part (N,), or None."""
     tokens: Tensor
     targets: Tensor
     docs: "Tensor | Spans | None"
     lessons: Lessons | None = None
+    keep: Tensor | None = None
 
 
 class Batches:
@@ -2052,17 +2160,38 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype, settings: ModelSettin
         return f"{package} is not in this torch"
 
 
-def _lacks_fla(device: torch.device, dtype: torch.dtype) -> str | None:
+def _lacks_fla(device: torch.device, dtype: torch.dtype, settings: ModelSettings) -> str | None:
     """Why flash-linear-attention is not usable."""
     if device.type != "cuda":
         return "needs a GPU"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(dtype)[6:]}"
+    wide = [settings.model_dim * own.expand_k / own.num_heads for block in parse_stack(settings.stack)[0]
+            if block.letter in "DG" for own in [own_settings(settings, block)]]
+    if max(wide, default=0) > FLA_KEYS:
+        return f"needs at most {FLA_KEYS} key channels a head (here {max(wide):g})"
     return None if importlib.util.find_spec("fla") else "flash-linear-attention is not installed"
 
 
-def bend(logits: Tensor, softcap: float | Tensor) -> Tensor:
-    """Logits soft-capped: softcap * tanh(logits / softcap); a tensor (2,) holds the caps above and below 0."""
+FLA_KEYS = 256
+
+
+Softcap = float | Tensor | Callable[[Tensor], Tensor]
+
+
+def bend_poly(logits: Tensor, softcap: float) -> Tensor:
+    """Logits soft-capped by the beginning of tanh's series, clipped where it reaches the bound. Source: the challenge's
+    ternary record."""
+    z = (logits / softcap).clamp(-2, 2)
+    square = z.square()
+    return softcap * (z * (1 - square / 3 + square.square() / 15)).clamp(-1, 1)
+
+
+def bend(logits: Tensor, softcap: Softcap) -> Tensor:
+    """Logits soft-capped: softcap * tanh(logits / softcap); a tensor (2,) holds the caps above and below 0; a function
+    bends by itself."""
+    if callable(softcap):
+        return softcap(logits)
     if isinstance(softcap, Tensor):
         softcap = torch.where(logits > 0, *softcap.to(logits.dtype))
     elif not softcap:
@@ -2070,7 +2199,7 @@ def bend(logits: Tensor, softcap: float | Tensor) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
-def soft_logits(hidden: Tensor, embedding: Tensor, softcap: float | Tensor) -> Tensor:
+def soft_logits(hidden: Tensor, embedding: Tensor, softcap: Softcap) -> Tensor:
     """Logits (..., V) in fp32 or wider: hidden (..., D) times the tied embedding (V, D), bent into +-softcap."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return bend(F.linear(hidden.to(wide), embedding.to(wide)), softcap)
@@ -2465,11 +2594,12 @@ def delta_chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor |
 
 @functools.cache
 def make_delta_fla() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same through flash-linear-attention, for packed rows and rows of one document; rows with several, and a state
-    to go on from, take the chunked form. An operation that is opaque to the compiler; its backward makes the
-    forward again."""
+    """The same through flash-linear-attention in 16 bits, for spans and rows of one document; a state to go on
+    from takes the chunked form. An operation that is opaque to the compiler; its backward makes the forward again."""
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    half = torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False) else torch.bfloat16
 
     def call(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, starts: Tensor | None
              ) -> tuple[Tensor, Tensor]:
@@ -2483,7 +2613,9 @@ def make_delta_fla() -> Callable[..., tuple[Tensor, Tensor]]:
                 ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             out, state = call(q, k, v, beta, decay, starts)
-        return out.contiguous(), state[-1:].float() if starts is not None else state.float()
+        if starts is not None:  # the last span that holds something
+            state = state.index_select(0, (starts[1:] > starts[:-1]).sum(dim=0, keepdim=True) - 1)
+        return out.contiguous(), state.float()
 
     @forward.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, starts: Tensor | None
@@ -2520,11 +2652,15 @@ def make_delta_fla() -> Callable[..., tuple[Tensor, Tensor]]:
     def delta_fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None,
                   where: "Tensor | Spans | None" = None, state: Tensor | None = None, size: int = 64
                   ) -> tuple[Tensor, Tensor]:
-        if isinstance(where, Tensor) or state is not None:
+        if isinstance(where, Tensor) or state is not None:  # no model of packed rows asks for this
             return delta_chunked(q, k, v, beta, decay, where, state, size)
-        half = v.dtype if v.dtype != torch.float32 else torch.bfloat16
-        return forward(q.to(half), k.to(half), v.to(half), beta.to(half), None if decay is None else decay.float(),
-                       None if where is None else where.starts)
+        gates = [beta.to(half), None if decay is None else decay.float()]
+        held = [q.to(half), k.to(half), v.to(half), *gates]
+        if where is None:
+            return forward(*held, None)
+        rows = [x if x is None else x.flatten(0, 1)[None] for x in held]  # rows behind each other, as spans count them
+        out, after = forward(*rows, where.starts)
+        return out.view_as(v), after
 
     return delta_fla
 
@@ -2660,37 +2796,38 @@ def titans_chunked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tens
     return join_chunks(out, length), (memory, speed)
 
 
-Deep = tuple[Tensor, Tensor, Tensor, Tensor]  # matrices (B, H, F, K) and (B, H, V, F) of a memory, and their momenta
+Deep = tuple[Tensor, Tensor, Tensor, Tensor]  # what a memory learned, (B, H, F, K) and (B, H, V, F), and its momenta
 
 
 def deep_reference(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tensor, rate: Tensor, first: Tensor,
                    second: Tensor, where: "Tensor | Spans | None" = None, state: Deep | None = None, size: int = 64
                    ) -> tuple[Tensor, Deep]:
-    """A Titans memory with a hidden layer, M(k) = W2 silu(W1 k), learning by gradient descent on the squared error with
-    momentum and forgetting; all tokens of a chunk take their gradients at the weights that entered it (in the chunk in
-    which its document begins: `first` (H, F, K), `second` (H, V, F)). Reads after the write."""
+    """A Titans memory with a hidden layer, M(k) = (second + V) silu((first + U) k), whose U and V learn by gradient
+    descent on the squared error with momentum, and are forgotten: the memory fades to its start `first` (H, F, K),
+    `second` (H, V, F), not to zero, where no gradient would bring it back. All tokens of a chunk take their gradients
+    at the weights that entered it, those of a document that begins in it at its start. Reads after the write. State:
+    U, V and their momenta."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v, keep, momentum, rate, first, second = (
         x.to(wide) for x in (q, k, v, keep, momentum, rate, first, second))
     keep, momentum = (x.clamp_min(LEAST_SHARE)[..., None, None] for x in (keep, momentum))
-    fresh = [w.expand(q.shape[0], *w.shape) for w in (first, second)]
-    now = list(state or (*fresh, *(torch.zeros_like(w) for w in fresh)))
+    zeros = [torch.zeros_like(w).expand(q.shape[0], *w.shape) for w in (first, second)] * 2
+    now = list(state or zeros)
     out, frozen = [], now[:2]
     for t, goes_on in enumerate(_begins(where, q)):
         if t % size == 0:
             frozen = now[:2]
-        frozen = [torch.where(goes_on, old, new) for old, new in zip(frozen, fresh, strict=True)]
-        now = [torch.where(goes_on, old, new) for old, new in zip(now, [*fresh, *map(torch.zeros_like, fresh)],
-                                                                  strict=True)]
-        raw = (frozen[0] * k[:, t, :, None]).sum(-1)  # (B, H, F)
-        wrong = 2 * ((frozen[1] * F.silu(raw)[..., None, :]).sum(-1) - v[:, t])  # (B, H, V)
-        inner = (frozen[1] * wrong[..., None]).sum(-2) * silu_slope(raw)
-        slopes = (inner[..., None] * k[:, t, :, None], wrong[..., None] * F.silu(raw)[..., None, :])
+        frozen, now = [x * goes_on for x in frozen], [x * goes_on for x in now]
+        inner, outer = first + frozen[0], second + frozen[1]
+        raw = (inner * k[:, t, :, None]).sum(-1)  # (B, H, F)
+        wrong = 2 * ((outer * F.silu(raw)[..., None, :]).sum(-1) - v[:, t])  # (B, H, V)
+        slopes = (((outer * wrong[..., None]).sum(-2) * silu_slope(raw))[..., None] * k[:, t, :, None],
+                  wrong[..., None] * F.silu(raw)[..., None, :])
         for at, slope in enumerate(slopes):
             now[at + 2] = momentum[:, t] * now[at + 2] - rate[:, t, :, None, None] * slope
             now[at] = keep[:, t] * now[at] + now[at + 2]
-        hidden = F.silu((now[0] * q[:, t, :, None]).sum(-1))
-        out.append((now[1] * hidden[..., None, :]).sum(-1))
+        hidden = F.silu(((first + now[0]) * q[:, t, :, None]).sum(-1))
+        out.append(((second + now[1]) * hidden[..., None, :]).sum(-1))
     return torch.stack(out, 1), tuple(now)
 
 
@@ -2707,31 +2844,28 @@ def deep_chunked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, momentum: Tensor
     chunks, length, wide = make_chunks(where, q, size), q.shape[1], torch.promote_types(q.dtype, torch.float32)
     q, k, v, *gates = (cut_chunks(x.to(wide), size) for x in (q, k, v, keep, momentum, rate))
     first, second, steps = first.to(wide), second.to(wide), descend(*gates, chunks)
-    # Of a document that begins in the chunk: what is left of its first weights, at each position and at the end.
-    kept = sums(gates[0].clamp_min(LEAST_SHARE).log(), chunks)
-    fresh = kept.masked_fill(chunks.enters, -math.inf).exp()
-    enters, among = chunks.enters[..., None], steps.weight
-    last = [ends(x, length)[..., None, None] for x in (steps.kept, steps.pushed, steps.slowed, fresh)]
+    last = [ends(x, length)[..., None, None] for x in (steps.kept, steps.pushed, steps.slowed)]
     learns, quickens = (ends(x, length)[..., None] for x in (steps.weight, steps.speed))
-    w1, w2 = (w.expand(q.shape[0], *w.shape) for w in (first, second))
-    w1, w2, s1, s2 = state or (w1, w2, torch.zeros_like(w1), torch.zeros_like(w2))
+    u, w, quick_u, quick_w = state or [torch.zeros_like(x).expand(q.shape[0], *x.shape) for x in (first, second)] * 2
     out = []
     for n in range(k.shape[2]):
-        qn, kn, vn, go, weight = q[:, :, n], k[:, :, n], v[:, :, n], enters[:, :, n], among[:, :, n]
-        left, pushed, new = (x[:, :, n, :, None] for x in (steps.kept, steps.pushed, fresh))
-        raw = torch.where(go, kn @ w1.mT, kn @ first.mT)  # (B, H, C, F)
+        qn, kn, vn, weight = q[:, :, n], k[:, :, n], v[:, :, n], steps.weight[:, :, n]
+        go = chunks.enters[:, :, n, :, None].to(wide)
+        left, pushed = steps.kept[:, :, n, :, None], steps.pushed[:, :, n, :, None]
+        raw = kn @ first.mT + go * (kn @ u.mT)  # (B, H, C, F)
         hidden = F.silu(raw)
-        wrong = 2 * (torch.where(go, hidden @ w2.mT, hidden @ second.mT) - vn)
-        inner = torch.where(go, wrong @ w2, wrong @ second) * silu_slope(raw)
-        asked = F.silu(left * (qn @ w1.mT) + new * (qn @ first.mT) + pushed * (qn @ s1.mT)
+        wrong = 2 * (hidden @ second.mT + go * (hidden @ w.mT) - vn)
+        inner = (wrong @ second + go * (wrong @ w)) * silu_slope(raw)
+        asked = F.silu(qn @ first.mT + left * (qn @ u.mT) + pushed * (qn @ quick_u.mT)
                        - (weight * (qn @ kn.mT)) @ inner)
-        out.append(left * (asked @ w2.mT) + new * (asked @ second.mT) + pushed * (asked @ s2.mT)
+        out.append(asked @ second.mT + left * (asked @ w.mT) + pushed * (asked @ quick_w.mT)
                    - (weight * (asked @ hidden.mT)) @ wrong)
-        a, b, c, d = (x[:, :, n] for x in last)
-        learn, quick = learns[:, :, n], quickens[:, :, n]
-        w1, s1 = a * w1 + d * first + b * s1 - (learn * inner).mT @ kn, c * s1 - (quick * inner).mT @ kn
-        w2, s2 = a * w2 + d * second + b * s2 - (learn * wrong).mT @ hidden, c * s2 - (quick * wrong).mT @ hidden
-    return join_chunks(torch.stack(out, 2), length), (w1, w2, s1, s2)
+        stays, goes, slows = (x[:, :, n] for x in last)
+        learn, quicken = learns[:, :, n], quickens[:, :, n]
+        u, quick_u = (stays * u + goes * quick_u - (learn * inner).mT @ kn, slows * quick_u - (quicken * inner).mT @ kn)
+        w, quick_w = (stays * w + goes * quick_w - (learn * wrong).mT @ hidden,
+                      slows * quick_w - (quicken * wrong).mT @ hidden)
+    return join_chunks(torch.stack(out, 2), length), (u, w, quick_u, quick_w)
 
 
 def _made(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -2765,14 +2899,17 @@ KERNELS: dict[str, Kernel] = {
         "sdpa": Twin(lambda: attention_sdpa, lambda device, dtype, settings: None)}, 2e-6, 2e-5),
     "mean_nats": Kernel(mean_nats_reference, {
         "triton": Twin(lambda: _made(mean_nats_triton), lambda device, dtype, settings: triton_unusable(device, 7) or (
-            "learned bounds of the logits are not in it" if settings.asym_logit_rescale else None)),
-        "chunked": Twin(lambda: mean_nats_chunked, lambda device, dtype, settings: None if device.type == "cpu" else
-                        "its chunks are sized for a CPU's cache")}, 2e-6, 2e-6),
+            "learned bounds, bias and polynomial of the logits are not in it" if settings.asym_logit_rescale or
+            not plain_head(settings) else None)),
+        "chunked": Twin(lambda: mean_nats_chunked, lambda device, dtype, settings: (
+            "its chunks are sized for a CPU's cache" if device.type != "cpu" else None if plain_head(settings) else
+            "bias and polynomial of the logits are not in it"))}, 2e-6, 2e-6),
     "mlp": Kernel(mlp_reference, {
         "triton": Twin(lambda: _made(mlp_triton), lambda device, dtype, settings: triton_unusable(device, 9, 10) or (
-            None if dtype != torch.float32 else "fp32 has no tensor cores"))}, 2e-6, 2e-6),
+            "fp32 has no tensor cores" if dtype == torch.float32 else None if plain_mlp(settings) else
+            "another activation and a norm inside are not in it"))}, 2e-6, 2e-6),
     "delta": Kernel(delta_reference, {
-        "fla": Twin(make_delta_fla, lambda device, dtype, settings: _lacks_fla(device, dtype), packed=True),
+        "fla": Twin(make_delta_fla, lambda device, dtype, settings: _lacks_fla(device, dtype, settings), packed=True),
         "chunked": Twin(lambda: delta_chunked, lambda device, dtype, settings: None)}, 1e-5, 1e-5),
     "mlstm": Kernel(mlstm_reference, {"chunked": Twin(lambda: mlstm_chunked, lambda device, dtype, settings: None)},
                     5e-4, 5e-4),
@@ -2781,6 +2918,16 @@ KERNELS: dict[str, Kernel] = {
     "deep": Kernel(deep_reference, {"chunked": Twin(lambda: deep_chunked, lambda device, dtype, settings: None)},
                    2e-5, 2e-4),
 }
+
+
+def plain_head(settings: ModelSettings) -> bool:
+    """Whether the loss is that of mean_nats: logits without bias, bent by tanh."""
+    return settings.softcap_type == "tanh" and not settings.logit_bias
+
+
+def plain_mlp(settings: ModelSettings) -> bool:
+    """Whether the feed-forward is that of mlp: two matrices around a squared leaky ReLU."""
+    return settings.mlp_act == "relu_sq" and not settings.extra_norms
 
 
 def kernels_of(settings: ModelSettings) -> list[str]:
@@ -2798,6 +2945,7 @@ class Picked(NamedTuple):
     mlp: Callable[..., Tensor]
     recurrences: dict[str, Callable[..., Any]]
     packed: bool = False
+    unrolled: bool = False  # a compiled graph would hold a recurrence's chunks one by one: one graph for each length
 
 
 def pick_kernels(choice: str, device: torch.device, dtype: torch.dtype = torch.float32,
@@ -2821,7 +2969,7 @@ def pick_kernels(choice: str, device: torch.device, dtype: torch.dtype = torch.f
             rows_only = f"{taken} {name}"
         lines.append(f"kernel:{name} {taken}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     recurrences = {name: picked.pop(name) for name in names if name not in Picked._fields}
-    return Picked(**picked, recurrences=recurrences, packed=packed), sorted(
+    return Picked(**picked, recurrences=recurrences, packed=packed, unrolled=bool(rows_only)), sorted(
         lines, key=lambda line: names.index(line.split()[0].removeprefix("kernel:")))
 
 
@@ -3008,14 +3156,18 @@ def measure_asymmetric(weight: Tensor, route: Route, bits: int) -> Measured:
     return Measured({**sides, "zeros": (zero - 2 ** (bits - 1)).to(torch.int8)}, unit, ratio, None)
 
 
+def ternary_base(weight: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+    """A weight (R, C) in groups (R, G, g), fp64, and each group's mean magnitude or root mean square (R, G)."""
+    groups, real = _grouped(weight.double(), route.group)
+    return groups, (groups.square().sum(2) / real).sqrt() if route.scale == "rms" else groups.abs().sum(2) / real
+
+
 def measure_ternary(weight: Tensor, route: Route, bits: int) -> Measured:
     """-1, 0, 1 times a scale: what is larger than tau times the group's mean magnitude (or root mean square) survives.
     The scale is that mean, or with `nonzero` the mean of the survivors, which is L2-optimal for the pattern.
     Sources: BitNet b1.58 (absmean), the challenge's ternary record (rms), ternary weight networks (nonzero)."""
-    groups, real = _grouped(weight.double(), route.group)
-    size = groups.abs()
-    base = (groups.square().sum(2) / real).sqrt() if route.scale == "rms" else size.sum(2) / real
-    cut = route.tau * base
+    groups, base = ternary_base(weight, route)
+    size, cut = groups.abs(), route.tau * base
     kept = size > cut[..., None]
     alpha = (size * kept).sum(2) / kept.sum(2).clamp_min(1) if route.scale == "nonzero" else base
     return Measured(*encode_levels(alpha, up=False), cut)
@@ -3132,6 +3284,7 @@ class Format(NamedTuple):
     low: int
     high: int
     measure: Callable[[Tensor, Route, int], Measured] | None = None
+    coded_bits: float = 0.0  # entropy of a Gaussian weight where it is below `bits` whatever the weight's size
 
 
 FORMATS: dict[str, Format] = {
@@ -3142,7 +3295,7 @@ FORMATS: dict[str, Format] = {
     "ternary": Format(encode_grid, decode_grid, math.log2(3), -1, 1, measure_ternary),
     "binary": Format(encode_grid, decode_grid, 1, -1, 1, measure_binary),
     "sherry": Format(encode_sherry, decode_sherry, 1.25, 0, 31),
-    "fp8": Format(encode_fp8, decode_fp8, 8, -128, 127),
+    "fp8": Format(encode_fp8, decode_fp8, 8, -128, 127, coded_bits=6.47),
     "fp16": Format(functools.partial(encode_half, dtype=torch.float16),
                    functools.partial(decode_half, dtype=torch.float16), 16, -32768, 32767),
     "bf16": Format(functools.partial(encode_half, dtype=torch.bfloat16),
@@ -3342,10 +3495,14 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
-def rotary_tables(length: int, dims: int, base: float, like: Tensor, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, dims / 2) in like's dtype, from fp32: position times base^(-2j / dims) / stretch. Source:
-    RoFormer."""
-    inverse = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims) / stretch
+def rotary_tables(length: int, dims: int, settings: ModelSettings, like: Tensor, stretch: float = 1.0
+                  ) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, dims / 2) in like's dtype, from fp32: position times base^(-2j / dims) / stretch; the slowest
+    three quarters are slowed by up to YARN_FACTOR. Sources: RoFormer; YaRN as in the challenge's ternary record."""
+    place = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / max(1, dims)
+    inverse = settings.rope_base ** -place / stretch
+    if settings.yarn_factor != 1:
+        inverse = inverse / (1 + ((place - 0.25) / 0.75).clamp(0, 1) * (settings.yarn_factor - 1))
     angles = torch.arange(length, device=like.device, dtype=torch.float32)[:, None, None] * inverse
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -3452,7 +3609,7 @@ class Attention(nn.Module):
         super().__init__()
         width, self.plan, self.settings, self.attend = settings.model_dim, plan, settings, kernels.attention
         channels = width // plan.heads
-        self.dims = settings.rope_dims or channels
+        self.dims = max(0, settings.rope_dims or channels)
         self.q = Linear(width, plan.heads * channels, settings.matrix_init)
         self.k = Linear(width, plan.kv_heads * channels, settings.matrix_init)
         self.v = Linear(width, plan.kv_heads * channels, settings.matrix_init)
@@ -3475,7 +3632,7 @@ class Attention(nn.Module):
             v = v + self.ve_scale.to(n.dtype) * context.embedded
         if self.residual is not None and context.first is not None:
             v = v + self.residual.sigmoid().to(n.dtype) * context.first
-        cos, sin = rotary_tables(n.shape[1], self.dims, settings.rope_base, n, context.stretch)
+        cos, sin = rotary_tables(n.shape[1], self.dims, settings, n, context.stretch)
         q = rotate(rms_norm(q, eps), cos, sin) * self.q_gain.to(n.dtype)[:, None]
         k = rotate(rms_norm(k, eps), cos, sin)
         y = self.attend(q, k, v, context.mask)  # (B, T, H, C)
@@ -3484,24 +3641,33 @@ class Attention(nn.Module):
         if (gate := self.plan.gate) is not None:
             read = n if gate.dense else n[..., :settings.gate_window]
             y = y * gate.factor(F.linear(read, self.attn_gate.to(n.dtype)), settings)[..., None]
-        return add_delta(self.o(y.flatten(2), sites.o, deltas), n, sites.attn, deltas), v
+        y = rms_norm(y.flatten(2), eps) if settings.extra_norms else y.flatten(2)
+        return add_delta(self.o(y, sites.o, deltas), n, sites.attn, deltas), v
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, ModelSettings], Tensor]] = {
+    "relu_sq": lambda x, settings: F.leaky_relu(x, settings.mlp_slope).square(), "gelu": lambda x, settings: F.gelu(x)}
 
 
 class FeedForward(nn.Module):
-    """Two matrices around a squared leaky ReLU. Source: Primer (slope 0), PR 549 of the challenge (slope 0.5)."""
+    """Two matrices around an activation, on request with a norm before the second. Sources: Primer (squared ReLU), PR
+    549 of the challenge (with a slope), its ternary record (the norm)."""
 
     def __init__(self, width: int, hidden: int, settings: ModelSettings, fused: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.slope, self.fused = settings.mlp_slope, fused
+        self.settings, self.fused = settings, fused if plain_mlp(settings) else None
+        self.act = ACTIVATIONS[settings.mlp_act]
         self.up = Linear(width, hidden, settings.matrix_init)
         self.down = Linear(hidden, width, 0.0)
 
     def forward(self, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
         """n (B, T, D), normalised -> (B, T, D)."""
-        if deltas is None or not (sites.up in deltas or sites.down in deltas):
-            y = self.fused(n, self.up.weight, self.down.weight, self.slope)
+        if self.fused is not None and (deltas is None or not (sites.up in deltas or sites.down in deltas)):
+            y = self.fused(n, self.up.weight, self.down.weight, self.settings.mlp_slope)
         else:
-            hidden = F.leaky_relu(self.up(n, sites.up, deltas), self.slope).square()  # (B, T, F)
+            hidden = self.act(self.up(n, sites.up, deltas), self.settings)  # (B, T, F)
+            if self.settings.extra_norms:
+                hidden = rms_norm(hidden, self.settings.norm_eps)
             y = self.down(hidden, sites.down, deltas)
         return add_delta(y, n, sites.mlp, deltas)
 
@@ -3552,6 +3718,54 @@ class GramHash(nn.Module):
         return e + self.scale.to(e.dtype) * self.proj(found, "bigram.proj", deltas)
 
 
+def place_in_document(docs: Tensor) -> Tensor:
+    """The position of each token in its document, or in what the row holds of it, int64 (B, T)."""
+    index = torch.arange(docs.shape[1], device=docs.device).expand_as(docs)
+    begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))
+    return index - torch.where(begins, index, 0).cummax(1).values
+
+
+GOLDEN_RATIO = (1 + 5 ** 0.5) / 2
+RADIAL_BITS, RADIAL_STEP = 8, 0.25  # as published
+
+
+def radial_features(rows: int, smooth: bool) -> np.ndarray:
+    """Features (rows, 4) of the numbers 0 .. rows - 1: bit i of a number is a vector of length RADIAL_STEP phi^i at the
+    angle 2 pi i / bits, and the sum of a number's vectors gives its two coordinates, length and angle. Smooth (rows,
+    5): with as many bits as the rows need, the length's logarithm and the unit vector instead of length and angle,
+    and each feature at unit variance. Source: Radial-BitNet."""
+    bits = max(1, (rows - 1).bit_length()) if smooth else RADIAL_BITS
+    index = np.arange(bits)
+    steps = RADIAL_STEP * GOLDEN_RATIO ** index * np.exp(2j * np.pi * index / bits)
+    total = ((np.arange(rows)[:, None] >> index & 1) * steps).sum(1)
+    size = np.abs(total)
+    if not smooth:
+        return np.stack([total.real, total.imag, size, np.angle(total)], 1)
+    unit = total / (size + 1e-6)
+    found = np.stack([total.real, total.imag, np.log1p(size), unit.real, unit.imag], 1)
+    return (found - found.mean(0)) / found.std(0)
+
+
+class Positions(nn.Module):
+    """Tells every token its place in its document: a learned vector, or a product of radial features."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        self.rows, kind = settings.position_rows, settings.positions
+        learned = kind == "learned"
+        self.table = make_parameter((self.rows, settings.model_dim), "table", "gaussian") if learned else None
+        features = None if learned else torch.from_numpy(radial_features(self.rows, kind == "radial_smooth")).float()
+        self.register_buffer("features", features, persistent=False)
+        self.proj = None if learned else Linear(features.shape[1], settings.model_dim, settings.matrix_init)
+
+    def forward(self, e: Tensor, tokens: Tensor, deltas: Deltas | None) -> Tensor:
+        """e (B, T, D), tokens (B, T) -> (B, T, D)."""
+        place = place_in_document(document_index(tokens)) % self.rows
+        if self.table is not None:
+            return e + F.embedding(place, self.table).to(e.dtype)
+        return e + self.proj(self.features[place].to(e.dtype), "positions.proj", deltas)
+
+
 class ValueEmbedding(nn.Module):
     """One table of values for all blocks that VE_LAYERS names. Source: modded-nanogpt, and records of the challenge."""
 
@@ -3579,13 +3793,6 @@ def short_conv(x: Tensor, weight: Tensor, docs: Tensor | None) -> Tensor:
     return out
 
 
-def place_in_document(docs: Tensor) -> Tensor:
-    """The position of each token in its document, or in what the row holds of it, int64 (B, T)."""
-    index = torch.arange(docs.shape[1], device=docs.device).expand_as(docs)
-    begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))
-    return index - torch.where(begins, index, 0).cummax(1).values
-
-
 class Recurrent(nn.Module):
     """What recurrent mixers share: queries, keys and values of each head through short convolutions and silu; raw gates
     of each head in fp32; a norm and, on request, a gate on what comes out. A row says how many gates it has and what it
@@ -3611,8 +3818,8 @@ class Recurrent(nn.Module):
         """Queries (q), keys (k) or values (v) of n (B, T, D), in the heads' channels (B, T, H, C)."""
         x = getattr(self, part)(n, getattr(sites, part), deltas)
         if self.plan.conv:
-            x = F.silu(short_conv(x, self.convs[part].to(x.dtype), context.docs))
-        return x.unflatten(-1, (self.plan.heads, -1))
+            x = short_conv(x, self.convs[part].to(x.dtype), context.docs)
+        return F.silu(x).unflatten(-1, (self.plan.heads, -1))
 
     def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
         """What the heads bring (B, T, H, V) for q, k, v in fp32 and raw gates (B, T, H)."""
@@ -3701,6 +3908,7 @@ class MLSTM(Recurrent):
 
 
 MOST_MOMENTUM = 0.95
+DEEP_RATE = 0.1  # at 0.25 and more a document of like tokens lets a deep memory grow without bound
 
 
 class Titans(Recurrent):
@@ -3723,19 +3931,21 @@ class Titans(Recurrent):
         self.second = make_parameter((heads, plan.value, hidden), "gate", "uniform") if deep else None
         slots = settings.persistent_slots if settings.titans_context else 0
         self.slots = make_parameter((2, slots, heads, plan.key), "table", "value") if slots else None
-        self.dims = settings.rope_dims or plan.key
+        self.dims = max(0, settings.rope_dims or plan.key)
         self.q_gain = make_parameter((heads,), "gain", settings.qk_gain_init) if settings.titans_context else None
 
     def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
         forget, momentum, rate = (
             (raw + bias.to(raw.dtype)).sigmoid()
             for raw, bias in zip(gates, (self.forget_bias, self.momentum_bias, self.rate_bias), strict=True))
-        size, more = self.settings.mixer_chunk, ()
+        size, more, momentum = self.settings.mixer_chunk, (), MOST_MOMENTUM * momentum
+        # Momentum repeats a step 1 / (1 - momentum) times: the sum, not the first, is bounded by 1.
+        rate = rate * (1 - momentum)
         if self.first is not None:
             # All tokens of a chunk learn at the same weights, so each takes its share of a step.
-            rate, more = rate / size, (self.first, self.second)
-        return self.rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, 1 - forget, MOST_MOMENTUM * momentum, rate,
-                         *more, context.docs, None, size)[0]
+            rate, more, v = DEEP_RATE * rate / size, (self.first, self.second), rms_norm(v, self.settings.norm_eps)
+        return self.rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, 1 - forget, momentum, rate, *more,
+                         context.docs, None, size)[0]
 
     def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
         """As Recurrent's; with TITANS_CONTEXT attention over what is recalled and what is there."""
@@ -3747,7 +3957,7 @@ class Titans(Recurrent):
         recalled = self.recall(q.to(wide), k.to(wide), v.to(wide), list(raw), context)
         recalled = rms_norm(recalled, self.settings.norm_eps).to(n.dtype).flatten(2)
         past_k, past_v = (self.read(part, recalled, context, sites, deltas) for part in "kv")
-        cos, sin = rotary_tables(n.shape[1], self.dims, self.settings.rope_base, n, context.stretch)
+        cos, sin = rotary_tables(n.shape[1], self.dims, self.settings, n, context.stretch)
         if context.docs is not None:
             # Slots stand at the beginning of every document, so positions are counted from there.
             cos, sin = (table[place_in_document(context.docs)] for table in (cos, sin))
@@ -3781,15 +3991,16 @@ class Smear(nn.Module):
         return torch.lerp(e, before, self.share.sigmoid().to(e.dtype))
 
 
-# Parts beside the blocks that read tokens. The first two change the embeddings, in this order, the third what is left
-# of them when they are normalised.
-TOKEN_PARTS: dict[str, type[nn.Module]] = {"bigram": GramHash, "smear": SmearGate, "blend": Smear,
-                                           "values": ValueEmbedding}
+# Parts beside the blocks that read tokens. The first three change the embeddings, in this order, the fourth what is
+# left of them when they are normalised.
+TOKEN_PARTS: dict[str, type[nn.Module]] = {"positions": Positions, "bigram": GramHash, "smear": SmearGate,
+                                           "blend": Smear, "values": ValueEmbedding}
 
 
 def token_parts(settings: ModelSettings) -> list[str]:
     """The rows of TOKEN_PARTS that a model has."""
-    wanted = {"bigram": settings.bigram_vocab_size, "smear": settings.smear_gate_enabled,
+    wanted = {"positions": settings.positions != "none", "bigram": settings.bigram_vocab_size,
+              "smear": settings.smear_gate_enabled,
               "blend": settings.smear_channels,
               "values": parse_layers(settings.ve_layers)}
     return [name for name, on in wanted.items() if on]
@@ -3803,10 +4014,11 @@ def token_parts(settings: ModelSettings) -> list[str]:
 
 
 class Turn(NamedTuple):
-    """Where a visit stands in a ( ) group: the group's number, the pass's, and whether it begins it."""
+    """Where a visit stands in a ( ) group: the group's number, the pass's, and whether it begins or ends it."""
     group: int
     number: int
     first: bool
+    last: bool
 
 
 class Step(NamedTuple):
@@ -3836,9 +4048,8 @@ def plan_phase(settings: ModelSettings, start: float, most: int = MAX_VISITS) ->
     _, visits = parse_stack(settings.stack)
     blocks, order = plan_blocks(settings), []
     for group, item in enumerate(visits):
-        looped = item.passes[-1][1] > 1
         for number in range(min(most, max(count for frac, count in item.passes if frac <= start))):
-            order += [(block, Turn(group, number, place == 0) if looped else None)
+            order += [(block, Turn(group, number, place == 0, place == len(item.blocks) - 1) if item.grouped else None)
                       for place, block in enumerate(item.blocks)]
     part = [visit for visit, (_, turn) in enumerate(order) if settings.loop_skips or turn is None]
     half = len(part) // 2
@@ -3899,6 +4110,7 @@ class BlockModule(nn.Module):
         self.attn_scale = make_parameter((width,), "gain", 1.0)
         if plan.hidden:
             self.mlp_scale = make_parameter((width,), "gain", 1.0)
+        self.post_gain = make_parameter((width,), "gain", 1.0) if settings.post_norm else None
         if plan.lanes:
             # How much of each lane stays, and what attention and feed-forward (rows) give to each lane (columns).
             self.lane_keep = make_parameter((2,), "gain", 1.1)
@@ -3919,7 +4131,7 @@ class BlockModule(nn.Module):
             x = mixed + found
             if self.mlp is not None:
                 x = x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x), sites, deltas)
-            return x, None, values
+            return x if self.post_gain is None else rms_norm(x, self.eps) * self.post_gain.to(x.dtype), None, values
         keep, share = self.lane_keep.to(x.dtype), self.lane_give.to(x.dtype)
         x, other = keep[0] * x + share[0, 0] * found, keep[1] * lane + share[0, 1] * found
         if self.mlp is not None:
@@ -4036,6 +4248,7 @@ class GPT(nn.Module):
         self.mixer_head = make_parameter((MIXER_OUTPUTS, settings.model_dim + 1), "gate", "mixer") if (
             settings.ngram_head) else None
         self.settings, self.dtype, self.mean_nats, self.packed = settings, dtype, kernels.mean_nats, kernels.packed
+        self.unrolled = kernels.unrolled
         self.phases = plan_layers(settings)
         width = settings.embed_dim or settings.model_dim
         self.tok_emb = make_parameter((vocab_size, width), "embedding", "normal")
@@ -4044,9 +4257,11 @@ class GPT(nn.Module):
             (Linear(width, settings.model_dim, settings.matrix_init), Linear(settings.model_dim, width,
                                                                              settings.matrix_init))
             if settings.embed_dim else (None, None))
+        self.logit_bias = make_parameter((vocab_size,), "gain", 0.0) if settings.logit_bias else None
         self.softcaps = make_parameter((2,), "gain", settings.logit_softcap) if settings.asym_logit_rescale else None
         parts = {name: TOKEN_PARTS[name](settings, vocab_size) for name in token_parts(settings)}
-        self.bigram, self.smear, self.blend, self.values = map(parts.get, ("bigram", "smear", "blend", "values"))
+        self.positions, self.bigram, self.smear, self.blend, self.values = map(parts.get, (
+            "positions", "bigram", "smear", "blend", "values"))
         self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in plan_blocks(settings))
         pairs = dict.fromkeys(pair for phase in self.phases for pair in phase.skips())
         self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
@@ -4057,9 +4272,10 @@ class GPT(nn.Module):
             if item.passes[-1][1] > 1})
 
     @property
-    def softcap(self) -> float | Tensor:
-        """The bound of the logits: one number, or learned ones (2,) above and below 0."""
-        return self.settings.logit_softcap if self.softcaps is None else self.softcaps
+    def softcap(self) -> Softcap:
+        """The bound of the logits: one number, learned ones (2,) above and below 0, or a function that bends."""
+        bound = self.settings.logit_softcap if self.softcaps is None else self.softcaps
+        return bound if self.settings.softcap_type == "tanh" else functools.partial(bend_poly, softcap=bound)
 
     def embed(self, tokens: Tensor, deltas: Deltas | None) -> Tensor:
         """The stream that enters the first block, (B, T, D), normalised, from tokens (B, T)."""
@@ -4067,7 +4283,7 @@ class GPT(nn.Module):
         e = add_delta(looked_up, looked_up, "embed", deltas).to(self.dtype)
         if self.embed_proj is not None:
             e = self.embed_proj(e, "embed_proj", deltas)
-        for part in (self.bigram, self.smear):
+        for part in (self.positions, self.bigram, self.smear):
             e = e if part is None else part(e, tokens, deltas)
         e = rms_norm(e, self.settings.norm_eps)
         return e if self.blend is None else self.blend(e, tokens, deltas)
@@ -4079,10 +4295,11 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor, deltas: Deltas | None = None) -> Tensor:
         """fp32 logits (B, T, V) of hidden (B, T, D); the head is the site `head`, added before the soft-cap."""
         hidden = self.head_input(hidden, deltas)
-        if deltas is None or "head" not in deltas:
+        if self.logit_bias is None and (deltas is None or "head" not in deltas):
             return soft_logits(hidden, self.tok_emb, self.softcap)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return bend(add_delta(soft_logits(hidden, self.tok_emb, 0.0), hidden.to(wide), "head", deltas), self.softcap)
+        raw = add_delta(soft_logits(hidden, self.tok_emb, 0.0), hidden.to(wide), "head", deltas)
+        return bend(raw if self.logit_bias is None else raw + self.logit_bias.to(wide), self.softcap)
 
     def mixer_logits(self, hidden: Tensor) -> Tensor:
         """The mixer head's logits (N, outputs), fp32, of hidden (N, D)."""
@@ -4091,23 +4308,26 @@ class GPT(nn.Module):
 
 def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
     """forward(tokens (B, T), docs, deltas) -> final normalised hidden states (B, T, D), for one phase or the number of
-    one. docs: document numbers (B, T), spans, or None where every row is one document.
+    one. docs: document numbers (B, T), spans, or None where every row is one document. keep (N,): which passes of ( )
+    groups take part, 1 or 0 by the number of their first visit; None is all.
 
     Everything that depends on the plan is resolved here, so that the function compiles to one graph.
     """
     settings, bound, merge = model.settings, [], FINAL_LANES[model.settings.parallel_final_lane]
     steps = (phase if isinstance(phase, Phase) else model.phases[phase]).steps
     scales, tapped = settings.crawler_loop_rope_scales, bool(settings.crawler_tap_dim)
-    letters = {block.letter for block in parse_stack(settings.stack)[0]}
+    letters = letters_of(settings.stack)
     attends, recurrent = "A" in letters, letters > {"A"} or "A" not in letters
     for step in steps:
         sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
         skip = None if step.source is None else model.skips[f"{steps[step.source].block}_{step.block}"]
-        loop = model.loops[str(step.turn.group)] if step.turn and step.turn.first and model.loops else None
+        loop = model.loops[str(step.turn.group)] if step.turn and step.turn.first and (
+            str(step.turn.group) in model.loops) else None
         stretch = scales[min(step.turn.number, len(scales) - 1)] if step.turn and scales else 1.0
         bound.append((step, model.blocks[step.block], skip, loop, stretch, sites))
 
-    def forward(tokens: Tensor, docs: "Tensor | Spans | None", deltas: Deltas | None = None) -> Tensor:
+    def forward(tokens: Tensor, docs: "Tensor | Spans | None", deltas: Deltas | None = None,
+                keep: Tensor | None = None) -> Tensor:
         packed = model.packed and isinstance(docs, Spans)
         numbers = docs if docs is None or packed and not recurrent else _numbers(docs, tokens.shape)
         mask = docs if packed else attention_mask(numbers, tokens.shape) if attends else None
@@ -4121,12 +4341,16 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
                 x, lane = merge(x, lane), None
             if skip is not None:
                 x = skip(x, kept.pop(step.source))
+            if keep is not None and step.turn and step.turn.first:
+                entered = x, step.visit
             if loop is not None:
                 held = held if step.turn.number else loop.enter(x, made, deltas)
                 x = loop(x, step.turn.number, held, deltas)
             x, lane, values = block(x, lane, x0, context._replace(stretch=stretch), sites, deltas)
             if settings.value_residual and context.first is None:
                 context = context._replace(first=values)
+            if keep is not None and step.turn and step.turn.last:
+                x = torch.lerp(entered[0], x, keep[entered[1]].to(x.dtype))
             if step.keep:
                 kept[step.visit] = x
             if tapped and step.turn is None:
@@ -4154,29 +4378,36 @@ def site_shapes(model: GPT, phase: "int | Phase") -> dict[str, tuple[int, int]]:
     return dict(probe.items())
 
 
-def make_loss(model: GPT, phase: "int | Phase", head_loss: float = 0.0) -> Callable[..., Tensor]:
-    """loss(tokens, targets, docs, lessons) -> mean nats of a batch, a scalar, for one phase of the plan. Lessons weigh
-    the targets, and teach the mixer head which expert to trust, beside the model's chances as they are."""
-    forward = make_forward(model, phase)
+def make_loss(model: GPT, phase: "int | Phase", head_loss: float = 0.0, z_loss: float = 0.0
+              ) -> Callable[..., Tensor]:
+    """loss(tokens, targets, docs, lessons, keep) -> mean nats of a batch, a scalar, for one phase of the plan. Lessons
+    weigh the targets, and teach the mixer head which expert to trust, beside the model's chances as they are; z_loss
+    weighs the mean squared log-sum of the logits (source: PaLM)."""
+    forward, plain = make_forward(model, phase), plain_head(model.settings) and not z_loss
 
-    def loss(tokens: Tensor, targets: Tensor, docs: "Tensor | Spans | None", lessons: Lessons | None = None) -> Tensor:
-        hidden = forward(tokens, docs)
-        if lessons is not None:
-            flat = hidden.flatten(0, 1)
-            losses = F.cross_entropy(model.logits(flat), targets.flatten(), reduction="none")
-            total = (losses * lessons.weights).mean()
-            if model.mixer_head is not None:
-                shares = mixer_weights(model.mixer_logits(flat), lessons.seen)
-                chances = torch.cat([(-losses.detach()).exp()[:, None], lessons.chances], 1)
-                total = total - head_loss * (shares * chances).sum(1).log().mean()
-            return total
-        return model.mean_nats(model.head_input(hidden.flatten(0, 1)), model.tok_emb, targets.flatten(), model.softcap)
+    def loss(tokens: Tensor, targets: Tensor, docs: "Tensor | Spans | None", lessons: Lessons | None = None,
+             keep: Tensor | None = None) -> Tensor:
+        hidden = forward(tokens, docs, None, keep)
+        if lessons is None and plain:
+            return model.mean_nats(model.head_input(hidden.flatten(0, 1)), model.tok_emb, targets.flatten(),
+                                   model.softcap)
+        flat = hidden.flatten(0, 1)
+        logits = model.logits(flat)
+        losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        total = losses.mean() if lessons is None else (losses * lessons.weights).mean()
+        if z_loss:
+            total = total + z_loss * logits.logsumexp(-1).square().mean()
+        if lessons is not None and model.mixer_head is not None:
+            shares = mixer_weights(model.mixer_logits(flat), lessons.seen)
+            chances = torch.cat([(-losses.detach()).exp()[:, None], lessons.chances], 1)
+            total = total - head_loss * (shares * chances).sum(1).log().mean()
+        return total
 
     return loss
 
 
 # Deviations of what starts normally distributed; 0 is TIED_EMBED_INIT_STD.
-NORMAL_STARTS = {"normal": 0.0, "faint": 0.005, "value": 0.01}
+NORMAL_STARTS = {"normal": 0.0, "faint": 0.005, "value": 0.01, "gaussian": 0.02}
 LEAST_PACE, MOST_PACE = 0.001, 0.1
 
 
@@ -4270,7 +4501,10 @@ def mixer_flops(settings: ModelSettings, block: BlockPlan, length: int) -> float
     total = matrices + 2 * heads * (size * (2.5 * key + 1.5 * value) + 3 * key * value)
     if block.letter == "T" and settings.titans_depth == 2:
         total += 2 * heads * 2 * key * (4 * (key + value) + 2 * size)
-    return total + (2 * attention if block.letter == "T" and settings.titans_context else 0)
+    if block.letter == "T" and settings.titans_context:
+        # Keys and values of what is recalled, and attention over it, over the slots and over the tokens.
+        total += 2 * width * heads * (key + value) + 2 * attention + 4 * width * settings.persistent_slots
+    return total
 
 
 def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length: int) -> int:
@@ -4286,6 +4520,8 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
         if step.turn and step.turn.first:
             product = settings.loop_instructions in ("static", "flow")
             total += 4 * width * (settings.inst_dim * product + settings.anchor_dim * (step.turn.number > 0))
+            taps = taps_of(phase, step.turn.group) + 1
+            total += 2 * width * settings.crawler_tap_dim * taps * (step.turn.number == 0)
     return round(total)
 
 
@@ -4432,6 +4668,112 @@ def fro2_share(grad: Tensor, state: dict[str, Tensor], step: int, settings: Opti
     return share / state["mean"]
 
 
+# -- what changes the steps of ternary latents
+
+
+def latent_units(weight: Tensor, route: Route) -> Tensor:
+    """A ternary latent (R, C) in units that have the border between 0 and 1 at a half."""
+    groups, base = ternary_base(weight, route)
+    units = groups / (2 * route.tau * base[..., None]).clamp_min(1e-30)
+    return units.flatten(1)[:, :weight.shape[1]].to(weight.dtype)
+
+
+RUN_RADIUS, ZERO_SHARPNESS = 4, 0.1  # the other trits of five in a byte, on either side
+
+
+def run_signal(units: Tensor) -> Tensor:
+    """How near to zero the neighbours of a weight are, (R, C) in [0, 1]: the mean of a soft indicator of a zero trit
+    over RUN_RADIUS on either side in its row, without its own."""
+    zero = torch.sigmoid((0.5 - units.abs()) / ZERO_SHARPNESS)
+    both = torch.stack((zero, torch.ones_like(zero)), 1).flatten(0, 1)[:, None]  # (2 R, 1, C)
+    around = F.avg_pool1d(both, 2 * RUN_RADIUS + 1, 1, RUN_RADIUS) * (2 * RUN_RADIUS + 1) - both
+    total, count = around.view(len(units), 2, -1).unbind(1)
+    return total / count.clamp_min(1)
+
+
+def snap_gain(units: Tensor) -> Tensor:
+    """Twice the distance to the nearest trit, (R, C): 1 at a border."""
+    return (2 * (units - units.round().clamp(-1, 1)).abs()).clamp_max(1)
+
+
+def cags_published(weight: Tensor, alpha: Tensor) -> Tensor:
+    """The published factor on the gradient (R, C): raw weights, whose distance to the nearest of -1, 0, 1 is multiplied
+    by the share of nine in a flat row that are below 0.05. Source: JamOne v4.5."""
+    near = (weight.abs() < 0.05).to(weight.dtype).flatten()[None, None]
+    share = F.avg_pool1d(near, 9, 1, 4).view_as(weight)
+    return 1 + alpha * share * (weight - weight.round().clamp(-1, 1)).abs()
+
+
+def rate_pull(weight: Tensor, units: Tensor, near: Tensor) -> Tensor:
+    """What the rate term takes off a weight, (R, C), at strength 1: most at a border, more where neighbours are zero,
+    in the latent's own scale."""
+    return (0.5 + near) * torch.exp(-((units.abs() - 0.5) / 0.25).square()) * weight / units.abs().clamp_min(1e-12)
+
+
+def rate_ramp(frac: float) -> float:
+    """Share of the rate term and of the placed form by the fraction of training: it rises from 0.3 to 0.65, and ends
+    at 0.95."""
+    if not 0.3 <= frac < 0.95:
+        return 0.0
+    return 0.5 * (1 - math.cos(math.pi * min(1.0, (frac - 0.3) / 0.35)))
+
+
+def alpha_published(alpha: Tensor, mean: Tensor, loss: Tensor) -> None:
+    """JamOne's safety rule, in place: alpha falls where the loss is 15 % above its mean, and never rises."""
+    mean.copy_(torch.where(mean == 0, loss, mean))
+    alpha.copy_(torch.where(loss / mean.clamp_min(1e-6) > 1.15, (alpha / 1.5).clamp_min(0.05), alpha))
+    mean.lerp_(loss, 0.05)
+
+
+def alpha_guarded(alpha: Tensor, mean: Tensor, loss: Tensor) -> None:
+    """The guard of the placed form, in place: a factor that falls where the loss is 5 % above its mean, then rises."""
+    mean.copy_(torch.where(mean == 0, loss, mean.lerp(loss, 0.02)))
+    worse = loss / mean.clamp_min(1e-6) > 1.05
+    alpha.copy_(torch.where(worse, (alpha / 1.5).clamp_min(0.05), (1.02 * alpha).clamp_max(1)))
+
+
+class Steering:
+    """What CAGS and the rate term make of the steps of ternary latents, name -> (parameter, route): `before` the update
+    and `after` it. The state is alpha, or the guard of the placed form, and the mean of the loss."""
+
+    def __init__(self, settings: OptimSettings, latents: dict[str, tuple[nn.Parameter, Route]]) -> None:
+        self.settings, self.latents, self.ramp = settings, latents, 0.0
+        self.published = settings.cags == "published"
+        self.alpha = settings.cags_alpha if settings.cags != "none" else 0.0
+        like = next(parameter for parameter, _ in latents.values()).detach() if latents else torch.zeros(())
+        self.state = {"alpha": like.new_tensor(self.alpha if self.published else 1.0), "mean": like.new_zeros(())}
+        self.held: list[tuple[nn.Parameter, Tensor, Route]] = []
+
+    def before(self, frac: float, loss: Tensor | None) -> None:
+        """Remember the latents that are going to move; the published form changes their gradients."""
+        self.ramp = rate_ramp(frac)
+        self.held = [(p, p.detach().clone(), route) for p, route in self.latents.values() if p.grad is not None]
+        if loss is not None and self.alpha:
+            (alpha_published if self.published else alpha_guarded)(*self.state.values(), loss)
+        for parameter, old, _ in self.held if self.published and self.alpha else ():
+            parameter.grad.mul_(cags_published(old, self.state["alpha"]))
+
+    def after(self, rate: float) -> None:
+        """The placed form scales the steps that were made at this rate, the rate term adds its own."""
+        for parameter, old, route in self.held if self.ramp else ():
+            units = latent_units(old, route)
+            near = run_signal(units)
+            if self.alpha and not self.published:
+                alpha = self.alpha * self.ramp * self.state["alpha"]
+                parameter.copy_(old + (parameter - old) * (1 + alpha * near * snap_gain(units)))
+            if self.settings.rate_term:
+                parameter.sub_(rate * self.settings.rate_term * self.ramp * rate_pull(old, units, near))
+        self.held = []
+
+
+STEERINGS: dict[str, type[Steering]] = {"latents": Steering}
+
+
+def steering_of(settings: OptimSettings) -> str:
+    """The row of STEERINGS that the settings ask for, or nothing."""
+    return "latents" if settings.rate_term or settings.cags != "none" and settings.cags_alpha else ""
+
+
 class Update(NamedTuple):
     """An update rule: what it keeps of a parameter at first, and its step on several, in place: (parameters, gradients,
     states, number of the step, rate, decay, settings). Without a step the directions are Muon's, whose work is divided
@@ -4518,7 +4860,8 @@ def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:
 class Optimizer:
     """All updates of a step. Momenta are held on every rank; orthogonalisation is divided over ranks by its cost."""
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, world: World, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, settings: OptimSettings, world: World, dtype: torch.dtype,
+                 routes: Mapping[str, Route] | None = None) -> None:
         check_roles(model)
         self.settings, self.world, self.dtype = settings, world, dtype
         self.parameters = dict(model.named_parameters())
@@ -4529,12 +4872,21 @@ class Optimizer:
             self.state[name] = UPDATES[self.rules[name]].fresh(parameter.detach())
         matrices = {name: p for name, p in self.parameters.items() if UPDATES[self.rules[name]].step is None}
         self.owners = share_out({name: p.numel() * min(p.shape) for name, p in matrices.items()}, world.size)
+        latents = {name: (self.parameters[name], route) for name, route in (routes or {}).items()
+                   if route.format == "ternary" and self.parameters[name].ndim == 2}
+        self.steering = STEERINGS[steering_of(settings)](settings, latents) if steering_of(settings) else None
+        if self.steering is not None:
+            self.state["steering"] = self.steering.state
 
     @torch.no_grad()
-    def step(self, factor: float, momentum: float, decay_share: float = 1.0) -> None:
+    def step(self, factor: float, momentum: float, decay_share: float = 1.0, frac: float = 0.0,
+             loss: Tensor | None = None) -> None:
         """Update every parameter that has a gradient; the rates are the settings' times `factor`, the decays times
-        `decay_share`. While the ranks exchange directions of matrices, everything else is updated."""
+        `decay_share`. While the ranks exchange directions of matrices, everything else is updated. `frac` of training
+        and `loss` of the step rule what is done to ternary latents."""
         present = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        if self.steering is not None:
+            self.steering.before(frac, loss)
         matrices = {name: p for name, p in present.items() if name in self.owners}
         banks = self._begin_directions(matrices, momentum) if matrices else []
         together: dict[tuple[str, int], list[str]] = {}
@@ -4556,6 +4908,8 @@ class Optimizer:
             torch._foreach_add_(chosen, [part.float() if share is None else part.float() * share
                                          for part, share in zip(directions, shares, strict=True)],
                                 alpha=-rate * muon_scale(chosen[0].shape))
+        if self.steering is not None:
+            self.steering.after(rate)
 
     def _rates(self, role: str, factor: float, decay_share: float) -> tuple[float, float]:
         """Rate and decay of a role at this step."""
@@ -4666,10 +5020,16 @@ def pick_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     return True, compiler
 
 
+MAX_GRAPHS = 64
+
+
 def make_compiled(function: Callable[..., Tensor], on: bool, dynamic: bool = False, replayed: bool = False
                   ) -> Callable[..., Tensor]:
     """The function through torch.compile as one graph, for one shape or for any, or as it is; `replayed` as a CUDA
     graph. The only caller of torch.compile."""
+    if on:
+        # Plans times contexts, which share their code, may be more than torch's limit of graphs for one code.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     return torch.compile(function, fullgraph=True, dynamic=dynamic,
                          mode="reduce-overhead" if replayed else None) if on else function
 
@@ -4781,13 +5141,13 @@ def check_same_weights(model: nn.Module, world: World) -> None:
         raise CheckError("ranks hold different weights: the run is not reproducible and was stopped")
 
 
-@torch.no_grad()
 def qat_parts(model: GPT, settings: ArtifactSettings) -> list[str]:
     """The parameters that QAT_START concerns: all, or those of blocks in ( ) groups."""
     looped = tuple(f"blocks.{step.block}." for step in model.phases[-1].steps if step.turn)
     return [name for name, _ in model.named_parameters() if settings.qat_parts == "all" or name.startswith(looped)]
 
 
+@torch.no_grad()
 def store_weights(model: nn.Module, routes: Mapping[str, Route]) -> None:
     """Replace the named parameters by what their routes make of them."""
     for name, parameter in model.named_parameters():
@@ -4795,6 +5155,7 @@ def store_weights(model: nn.Module, routes: Mapping[str, Route]) -> None:
             parameter.copy_(project(parameter, routes[name]))
 
 
+@torch.no_grad()
 def shake_weights(model: nn.Module, routes: Mapping[str, Route], seed: int) -> None:
     """Add uniform noise of one step of its grid to every named parameter that has one."""
     for name, parameter in model.named_parameters():
@@ -4866,10 +5227,12 @@ class Trainer:
         self.reserve, self.before = config.train.reserve_seconds, 0.0
         # On the strict clock: when this process began, and what earlier ones of this run spent.
         self.began, self.earlier = log.clock() if began is None else began, 0.0
-        self.optimizer = Optimizer(model, config.optim, world, model.dtype)
+        self.optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
         self.average = Average(model, config.optim.ema_decay)
         routes = routes_of(model, config.artifact)
         self.routes = {name: routes[name] for name in qat_parts(model, config.artifact)}
+        self.trit_routes = {name: route for name, route in routes.items() if route.format == "ternary"}
+        self.trits: dict[str, Tensor] = {}
         self.short = plan_phase(model.settings, 0.0, 1) if cadences(config.train) != {1} else None
         self.micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
         if self.micros % world.size:
@@ -4975,8 +5338,8 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and run every phase in every context on random tokens before the clock starts; no weight changes."""
         settings = self.config.train
-        self.losses = [make_compiled(make_loss(self.model, phase, self.config.ngram.ngram_head_loss), self.compiled,
-                                     replayed=self.replayed)
+        self.losses = [make_compiled(make_loss(self.model, phase, self.config.ngram.ngram_head_loss, settings.z_loss),
+                                     self.compiled, replayed=self.replayed)
                        for phase in (*self.model.phases, *([self.short] if self.short else []))]
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
         drawn = torch.randint(BOS + 3, self.config.data.vocab_size, (settings.micro_batch_tokens + 1,),
@@ -4989,7 +5352,7 @@ class Trainer:
         rows = Batches(stream, dataclasses.replace(self.config.data, shuffle=False), settings, 0, self.model.packed)
         for phase, length in self.shapes():
             batch = rows.micro(0, self.world, length)
-            batch = batch if self.grams is None else self.grams.lessons(batch)
+            batch = self.passes_of(batch if self.grams is None else self.grams.lessons(batch), 0, phase, False)
             for _ in range(settings.warmup_steps):
                 self.model.zero_grad(set_to_none=True)
                 self.run_loss(phase, batch).backward()
@@ -5026,6 +5389,16 @@ class Trainer:
         if self.replayed:
             torch.compiler.cudagraph_mark_step_begin()
         return self.losses[phase](*batch)
+
+    def passes_of(self, batch: Batch, index: int, phase: int, drop: bool = True) -> Batch:
+        """The batch with PASS_DROP's draw for micro-batch `index` of the run; `drop` says whether any is left out."""
+        chance = self.config.train.pass_drop
+        if not chance:
+            return batch
+        steps = (*self.model.phases, self.short)[phase].steps
+        rng = np.random.Generator(np.random.PCG64(stream_seed(self.config.run.seed, "pass drop", index)))
+        drawn = rng.random(len(steps)) >= chance * drop
+        return batch._replace(keep=torch.from_numpy(drawn).float().to(self.world.device, non_blocking=True))
 
     def budget(self) -> float:
         """Seconds that the loop may take; infinity without a clock."""
@@ -5085,6 +5458,7 @@ class Trainer:
             batches = [self.prefetch.take(coming[at], self.length, coming[at + 1:])
                        for at in range(start, min(start + lanes, len(mine)))]
             batches = batches if self.grams is None else [self.grams.lessons(batch) for batch in batches]
+            batches = [self.passes_of(batch, coming[at], phase) for at, batch in enumerate(batches, start)]
             for loss, grads in self.world.each(work, batches):
                 total = total + loss
                 for parameter, grad in zip(parameters, grads, strict=True):
@@ -5133,7 +5507,7 @@ class Trainer:
         factor = rate_factor(self.config.optim, progress) * min(1.0, (self.step - self.changed_at + 1) / max(1, ramp))
         if self.depth or self.usable(self.step, loss.item(), norm.item()):
             self.optimizer.step(factor, momentum_at(self.config.optim, self.step),
-                                decay_factor(self.config.optim, progress.frac))
+                                decay_factor(self.config.optim, progress.frac), progress.frac, loss)
             self.average.update()
         if self.grams is not None:
             self.grams.absorb(range(self.step * self.micros, (self.step + 1) * self.micros), self.world)
@@ -5194,6 +5568,7 @@ class Trainer:
                       f"step_avg:{seconds * 1000 / max(1, self.step):.2f}ms")
         self.log.event("val", step=self.step, val_loss=nats, val_bpb=bpb, train_seconds=seconds)
         self.tell_loops()
+        self.tell_trits()
         if self.board is not None:
             self.board.add_scalar("val_bpb", bpb, self.step)
         if not self.config.train.strict_clock:
@@ -5225,6 +5600,24 @@ class Trainer:
             self.log.line(f"step:{self.step} loop {group}: added before each pass, over the stream: "
                           + " ".join(f"{share:.4f}" for share in found))
         self.log.event("loops", step=self.step, added=told)
+        return told
+
+    def tell_trits(self) -> dict[str, float]:
+        """Of all ternary weights: the share of zeros, the entropy in bits of a trit by itself, and the share that has
+        changed since this was last told (0 at first)."""
+        own = dict(self.model.named_parameters())
+        codes = {name: FORMATS[route.format].encode(own[name].detach(), route).codes
+                 for name, route in self.trit_routes.items()}
+        if not codes:
+            return {}
+        count = sum(map(torch.numel, codes.values()))
+        shares = [float(sum((part == trit).sum() for part in codes.values())) / count for trit in (-1, 0, 1)]
+        moved = sum((part != self.trits[name]).sum() for name, part in codes.items()) if self.trits else 0
+        churn, self.trits = float(moved) / count, codes
+        told = {"zeros": shares[1], "bits": -sum(p * math.log2(p) for p in shares if p), "churn": churn}
+        self.log.line(f"step:{self.step} trits: zeros {told['zeros']:.3f} entropy {told['bits']:.4f} bits "
+                      f"changed {churn:.4f} of {count:,}")
+        self.log.event("trits", step=self.step, **told)
         return told
 
     def save(self, finished: bool) -> None:
@@ -5269,8 +5662,8 @@ class Trainer:
             self.watch.stop()
             self.save(finished=True)
         check_same_weights(self.model, self.world)
-        loops = self.tell_loops()
         memory = peak_memory_bytes(self.world.device)
+        loops, trits = self.tell_loops(), self.tell_trits()
         if self.world.device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved(self.world.device)
             self.log.line(f"peak memory allocated: {memory >> 20} MiB reserved: {reserved >> 20} MiB")
@@ -5280,7 +5673,8 @@ class Trainer:
         seconds = self.watch.seconds()
         return {"steps": self.step, "tokens": tokens, "seconds": seconds,
                 "tokens_per_second": tokens / seconds if seconds else 0.0, "final_train_loss": self.last_loss,
-                "peak_memory_bytes": memory, **({"added_before_passes": loops} if loops else {})}
+                "peak_memory_bytes": memory, **({"added_before_passes": loops} if loops else {}),
+                **({"trits": trits} if trits else {})}
 
     def _open_bar_and_board(self) -> None:
         """Progress bar on a terminal, curves for TensorBoard; rank 0 only."""
@@ -6696,7 +7090,7 @@ def forecast_bytes(model: nn.Module, routes: Mapping[str, Route]) -> dict[str, f
     forecast = {"container": 400.0}
     for name, parameter in model.named_parameters():
         route = routes[name]
-        size = parameter.numel() * FORMATS[route.format].bits / 8
+        size = parameter.numel() * (FORMATS[route.format].coded_bits or FORMATS[route.format].bits) / 8
         if FORMATS[route.format].measure:
             rows, columns = as_rows(parameter).shape
             scales = rows + rows * group_count(columns, route.group) * (route.group > 0)
@@ -7000,7 +7394,9 @@ class Frozen:
     def use(self, model: GPT) -> None:
         """Predict with this model."""
         self.model, self.packed = model, model.packed
-        self.forward = make_compiled(make_forward(model, self.phase), self.compiled, dynamic=True)
+        # Questions come in many lengths, for which an unrolled recurrence would be compiled one by one.
+        on = self.compiled and not model.unrolled
+        self.forward = make_compiled(make_forward(model, self.phase), on, dynamic=True)
 
     def begin(self, rows: int, before: Any) -> Any:
         """The state of new rows, given that of the rows before them in the same job, or None."""
@@ -7804,7 +8200,7 @@ def used_rows(config: Config) -> dict[str, set[str]]:
     factors = {LEFT_FACTOR.format, RIGHT_FACTOR.format} if config.artifact.lqer_rank else set()
     auto = set(AUTO_CODECS) if "auto" in config.artifact.codec else set()
     trits = {"3", "s"} if "ternary" in named["format"] else set()
-    letters = {block.letter for block in parse_stack(config.model.stack)[0]}
+    letters = letters_of(config.model.stack)
     return {"PRESETS": {config.run.preset}, "OVERLAYS": {config.run.overlay} - {""},
             "FORMATS": named["format"] | factors, "SOLVERS": {"nearest", *named["solver"]},
             "CODECS": {*config.artifact.codec, *named["codec"], *auto} - {"auto"}, "LAYOUTS": {"r", "c", "b", *trits},
@@ -7816,8 +8212,9 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "TOKEN_PARTS": set(token_parts(config.model)), "BETWEEN": set(between(config.model)),
             "ATTN_GATES": {config.model.attn_gate} - {"none"},
             "FINAL_LANES": {config.model.parallel_final_lane},
-            "MUON_BACKENDS": {config.optim.muon_backend},
+            "MUON_BACKENDS": {config.optim.muon_backend}, "ACTIVATIONS": {config.model.mlp_act},
             "UPDATES": {config.optim.matrix_optimizer, config.optim.other_optimizer},
+            "STEERINGS": {steering_of(config.optim)} - {""},
             "EVALUATORS": {"contiguous", *config.eval.eval},
             "GATES": {config.ngram.ngram_gate} if "ngram" in config.eval.eval else set(),
             "TEACHERS": teachers_of(config)}
@@ -7829,7 +8226,8 @@ def check_rows(config: Config) -> None:
               "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
               "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
               "FINAL_LANES": FINAL_LANES, "KERNELS": KERNELS, "STARTS": STARTS,
-              "BETWEEN": BETWEEN, "UPDATES": UPDATES}
+              "BETWEEN": BETWEEN, "UPDATES": UPDATES,
+              "ACTIVATIONS": ACTIVATIONS, "STEERINGS": STEERINGS}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]
@@ -8058,7 +8456,7 @@ def finished_checkpoint(run: Run) -> Checkpoint:
 
 def collect(run: Run, model: GPT, rows: Batches, count: int) -> tuple[Calibration, bytes]:
     """The moments that the squeeze wants, over `count` micro-batches of `rows`, and the content of hessians.pt. With
-    GPTQ_SEQUENTIAL the matrices of the model are afterwards as they will be stored."""
+    GPTQ_SEQUENTIAL or LOOP_AWARE_GPTQ matrices of the model are afterwards as they will be stored."""
     settings, train, seed = run.config.artifact, run.config.train, rows.seed
 
     def batch(index: int) -> Batch:
@@ -8084,7 +8482,7 @@ def collect(run: Run, model: GPT, rows: Batches, count: int) -> tuple[Calibratio
     for names in steps:
         part = calibrate(model, batches.__getitem__, count, run.world, [site for name in names for site in sites[name]])
         found = Calibration({**found.inputs, **part.inputs}, {**found.slopes, **part.slopes}, part.tokens)
-        if len(steps) > 1:
+        if names is not steps[-1]:  # what comes after is calibrated on their stored form
             own = dict(model.named_parameters())
             solved = solve_all({name: own[name].detach() for name in names}, routes, found, sites, settings, run.world)
             with torch.no_grad():

@@ -66,15 +66,18 @@ def test_bad_word_is_one_clear_line(words, said):
 
 BROKEN_RULES = [
     ["NUM_HEADS=3"], ["NUM_KV_HEADS=3"], ["MODEL_DIM=36", "NUM_HEADS=12", "NUM_KV_HEADS=1", "ROPE_DIMS=0"],
-    ["ROPE_DIMS=64"], ["MICRO_BATCH_TOKENS=128", "TRAIN_SEQ_LEN=96", "TRAIN_SEQ_SCHEDULE=64@0.5,96@1"],
-    ["VE_LAYERS=4"], ["XSA_LAST_N=5"], ["WD_TAPER_FINAL_MULT=0.5"], ["GATE_WINDOW=33"],
-    ["TRIGRAM=1"], ["BIGRAM_VOCAB_SIZE=1"],
-    ["ASYM_LOGIT_RESCALE=1", "LOGIT_SOFTCAP=0"], ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"],
-    ["PERSISTENT_SLOTS=2"], ["TITANS_CONTEXT=1", "STACK=T{value=2}"], ["EFLA=1", "ALLOW_NEG_EIGVAL=1"],
+    ["ROPE_DIMS=64"], ["SOFTCAP_TYPE=poly", "LOGIT_SOFTCAP=0"], ["POSITIONS=learned", "POSITION_ROWS=32"],
+    ["CAGS=placed"], ["PASS_DROP=0.1"],
+    ["MICRO_BATCH_TOKENS=128", "TRAIN_SEQ_LEN=96", "TRAIN_SEQ_SCHEDULE=64@0.5,96@1"], ["VE_LAYERS=4"],
+    ["XSA_LAST_N=5"], ["POST_NORM=1", "PARALLEL_START_LAYER=2"], ["WD_TAPER_FINAL_MULT=0.5"], ["GATE_WINDOW=33"],
+    ["TRIGRAM=1"], ["BIGRAM_VOCAB_SIZE=1"], ["ASYM_LOGIT_RESCALE=1", "LOGIT_SOFTCAP=0"],
+    ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"], ["EFLA=1"], ["TITANS_DEPTH=2"], ["CONV_SIZE=2"],
+    ["STACK=D", "ATTN_GATE=dense"], ["STACK=(A)*2", "CRAWLER_LOOP_ROPE_SCALES=3,2,1"], ["QAT_KIND=noise"],
+    ["PERSISTENT_SLOTS=2"], ["TITANS_CONTEXT=1", "STACK=T{value=2}"], ["EFLA=1", "ALLOW_NEG_EIGVAL=1", "STACK=D"],
     ["LOOP_INSTRUCTIONS=flow"], ["CRAWLER_TAP_DIM=2", "STACK=(A)*2 A"], ["CRAWLER_CADENCE_LATE=2", "STACK=A (A)*2"],
-    ["LOOP_AWARE_GPTQ=1", "SOLVER=nearest", "STACK=(A)*2"], ["QAT_PARTS=loops"],
-    ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"],
-    ["EVAL_BATCH_TOKENS=63"], ["TTT_CHUNK_SIZE=65", "TTT_EVAL_SEQ_LEN=64"],
+    ["LOOP_AWARE_GPTQ=1", "SOLVER=nearest", "STACK=(A)*2"], ["QAT_PARTS=loops", "QAT_START=0"],
+    ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"], ["EVAL_BATCH_TOKENS=63"],
+    ["TTT_CHUNK_SIZE=65", "TTT_EVAL_SEQ_LEN=64"],
     ["TTT_SHORT_SCORE_FIRST_STEPS=8:2,90:65", "TTT_EVAL_SEQ_LEN=64", "TTT_CHUNK_SIZE=8"],
     ["NGRAM_HEAD=1", "NGRAM_EVAL_ORDER=9"], ["EVAL=ngram", "EVAL_STRIDE=60"], ["TOKEN_ORDER=8,6"], ["NGRAM_GATE=head"],
     ["TTT_DOWN_LR=0.1", "TTT_SITES=q,down"], ["WARMDOWN_FRAC=0.5", "WARMDOWN_ITERS=5"],
@@ -148,7 +151,8 @@ def test_stack_order(stack, order):
     "[A]0",
     "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*1..4~2", "[A]99999",
     "A99999999999", "A3 A0",
-    "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}", "D{conv=1.5}", "K",
+    "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}", "D{conv=1.5}", "D{conv=900}", "A{key=2}",
+    "D{kv=3}", "G{xsa=1}", "D{gate=2}", "K",
     "(A)*2@0.1*3@0.2*4@0.3*5@0.4*6@0.5*7@0.6*8@0.7*9@0.8*10@0.9"])
 def test_bad_stack_is_a_clear_fault(stack):
     with pytest.raises(ConfigError, match="STACK="):

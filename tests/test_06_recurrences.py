@@ -7,11 +7,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_model, small_config
 
 from train_gpt import (
     KERNELS,
+    Context,
     ModelSettings,
     Picked,
+    Sites,
     document_index,
     ends,
     kernels_of,
@@ -215,14 +218,41 @@ def test_titans_without_momentum_and_forgetting_is_the_delta_rule():
 
 
 def test_deep_memory_is_gradient_descent():
-    """One token: the step is autograd's gradient of the squared error."""
+    """One token: the step is autograd's gradient of the squared error; then what was learned fades, not the start."""
     q, k, v, keep, momentum, rate, first, second = (x.detach() for x in inputs("deep", 1))
     w1, w2 = (w.expand(BATCH, *w.shape).clone().requires_grad_() for w in (first, second))
     told = torch.einsum("bhvf,bhf->bhv", w2, F.silu(torch.einsum("bhfk,bhk->bhf", w1, k[:, 0])))
     slopes = torch.autograd.grad((told - v[:, 0]).square().sum(), (w1, w2))
     _, state = KERNELS["deep"].reference(q, k, v, keep, momentum, rate, first, second)
-    for weight, slope, found in zip((w1, w2), slopes, state, strict=False):
-        assert torch.allclose(found, keep[:, 0, :, None, None] * weight - rate[:, 0, :, None, None] * slope)
+    for slope, found in zip(slopes, state, strict=False):
+        assert torch.allclose(found, -rate[:, 0, :, None, None] * slope)
+    zero = torch.zeros_like(rate)
+    _, later = KERNELS["deep"].reference(q, k, v, 0.5 + zero, zero, zero, first, second, None, state)
+    assert torch.allclose(later[0], 0.5 * state[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_memories_neither_die_nor_blow_up_over_a_long_document(depth):
+    """The layer's own gates, at the start and at their limits, over 2,048 tokens: all alike, near alike, and random."""
+    config = small_config(PRESET="baseline", STACK="T", TITANS_DEPTH=depth)
+    model = make_model(config, 1)
+    mixer, generator = model.blocks[0].mixer, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mixer.v.weight.mul_(8)
+        for raw in (0.0, 30.0):
+            mixer.gates.zero_()
+            mixer.momentum_bias.fill_(raw)
+            mixer.rate_bias.fill_(raw)
+            mixer.forget_bias.fill_(-4.0 if raw == 0 else -30.0)
+            for spread in (0.0, 0.05, 5.0):
+                n = torch.randn(1, 1, 32, generator=generator).expand(1, 2048, 32)
+                n = n + spread * torch.randn(1, 2048, 32, generator=generator)
+                context = Context(None, None, None, None)
+                q, k, v = (mixer.read(part, n, context, Sites(*Sites._fields), None) for part in "qkv")
+                gates = F.linear(n, mixer.gates).unflatten(-1, (3, -1)).unbind(-2)
+                out = mixer.recall(q, k, v, list(gates), context)
+                assert torch.isfinite(out).all() and out.abs().max() < 100 * v.abs().max().clamp_min(1), (raw, spread)
+                assert out[:, -256:].abs().mean() > 1e-2 * out[:, :256].abs().mean(), (raw, spread)
 
 
 def test_every_recurrence_is_tested():
@@ -266,8 +296,9 @@ def test_the_way_to_flash_linear_attention(monkeypatch, gated):
         where = None
         if starts is not None:
             where = torch.bucketize(torch.arange(q.shape[1]), starts, right=True)[None]
-        return KERNELS["delta"].reference(q.double(), k.double(), v.double(), beta.double(),
-                                          None if g is None else g.double(), where)
+        out, state = KERNELS["delta"].reference(q.double(), k.double(), v.double(), beta.double(),
+                                                None if g is None else g.double(), where)
+        return out, state if starts is None else state.repeat(len(starts) - 1, 1, 1, 1)
 
     class StandIn(torch.autograd.Function):  # as the library's: one function with a backward of its own
         @staticmethod
@@ -286,6 +317,7 @@ def test_the_way_to_flash_linear_attention(monkeypatch, gated):
 
     def stand_in(q, k, v, beta, scale, output_final_state, cu_seqlens=None, g=None):
         seen.append(cu_seqlens)
+        assert cu_seqlens is None or len(q) == 1  # as the library wants it
         assert q.dtype == v.dtype == torch.bfloat16 and scale == KEY ** -0.5 and output_final_state
         assert (g is not None) == gated
         return StandIn.apply(q, k, v, beta, g, cu_seqlens)
@@ -310,6 +342,12 @@ def test_the_way_to_flash_linear_attention(monkeypatch, gated):
     for got in (run(rule, spans), run(torch.compile(rule, fullgraph=True, backend="aot_eager"), spans)):
         assert all((a - b).norm() <= 0.03 * a.norm() for a, b in zip(wanted, got, strict=True))
     assert all(x is not None for x in seen)
+    # Rows behind each other, as an evaluator asks on a GPU.
+    rows = [x.unflatten(1, (2, 15)).flatten(0, 1) for x in held]
+    both = make_spans(torch.tensor([7, 15, 19]).numpy(), 30, 15, torch.device("cpu"))
+    out, _ = rule(*rows, *([] if gated else [None]), both)
+    cut, _ = KERNELS["delta"].reference(*rows, *([] if gated else [None]), both.docs(torch.Size((2, 15))))
+    assert out.shape == rows[2].shape and (out.float() - cut).norm() < 0.03 * cut.norm()
     plain = run(rule, None)
     assert seen[-1] is None and (plain[0] - run(KERNELS["delta"].reference, None)[0]).norm() < 0.03 * plain[0].norm()
     several = run(rule, document_index(torch.ones(1, 30, dtype=torch.long)))

@@ -73,6 +73,9 @@ MIXERS_AND_LOOPS = {"deep memory": {"STACK": "T2", "TITANS_DEPTH": 2, "MIXER_CHU
          "flow": {"STACK": "A2 (A D{mlp=0})*3 A2", "LOOP_SKIPS": 0, "LOOP_INSTRUCTIONS": "flow", "INST_DIM": 4,
                   "CRAWLER_TAP_DIM": 4, "ANCHOR_DIM": 4, "CRAWLER_LOOP_ROPE_SCALES": "9,1"},
          "static": {"STACK": "A (A)*2@0.5*3@0.7", "LOOP_INSTRUCTIONS": "static", "INST_DIM": 4, "ANCHOR_DIM": 3},
+         "gelu and places": {"STACK": "(A)*3 A{mlp=3}", "MLP_ACT": "gelu", "POSITIONS": "learned", "POSITION_ROWS": 256,
+                             "POST_NORM": 1, "ROPE_DIMS": -1, "LOGIT_BIAS": 1},
+         "radial places": {"STACK": "A D", "POSITIONS": "radial", "EXTRA_NORMS": 1, "SOFTCAP_TYPE": "poly"},
          "position": {"STACK": "(A{xsa=1} X)*2 A{xsa=0} (G)*2", "LOOP_INSTRUCTIONS": "position", "SMEAR_CHANNELS": 1}}
 CONFIGS = [*(pytest.param(preset_config(preset), id=preset) for preset in PRESETS),
            *(pytest.param(preset_config("sixteen", STACK=stack), id=stack) for stack in STACKS),
@@ -322,8 +325,15 @@ def test_what_tells_passes_apart_by_hand():
 
 def test_rotary_scales_lengthen_the_waves_of_their_pass():
     like = torch.zeros(1)
-    for wide, narrow in zip(rotary_tables(31, 8, 100.0, like, 3.0), rotary_tables(31, 8, 100.0, like), strict=True):
+    settings = ModelSettings(rope_base=100.0)
+    for wide, narrow in zip(*(rotary_tables(31, 8, settings, like, by) for by in (3.0, 1.0)), strict=True):
         assert torch.allclose(wide[::3], narrow[:11], atol=1e-5)
+    # YaRN leaves the fastest quarter, and slows the slowest by its factor.
+    base, slowed = (rotary_tables(9, 16, dataclasses.replace(settings, yarn_factor=by), like)[1] for by in (1.0, 2.0))
+    assert torch.equal(base[..., :3], slowed[..., :3])
+    place = torch.arange(0, 16, 2) / 16
+    wanted = (torch.arange(9)[:, None] * 100.0 ** -place / (1 + ((place - 0.25) / 0.75).clamp(0, 1))).sin()
+    assert torch.allclose(slowed[:, 0], wanted, atol=1e-6)
     plain, scaled, first = (make_model(preset_config("baseline", STACK="A (A)*3", **more), shake=0.2) for more in (
         {}, {"CRAWLER_LOOP_ROPE_SCALES": "9,1"}, {"CRAWLER_LOOP_ROPE_SCALES": "1"}))
     tokens = torch.randint(4, 384, (1, LENGTH))
@@ -446,8 +456,9 @@ def test_shared_weights_are_stored_once():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_start_is_the_embedding_alone(preset):
-    """At the start every branch ends in zeros, so the output is a function of the current token only."""
-    config = preset_config(preset, UNET_SKIPS=0)
+    """At the start every branch ends in zeros, so the output is a function of the current token only, and of its place
+    where that is told."""
+    config = preset_config(preset, UNET_SKIPS=0, POSITIONS="none", SMEAR_CHANNELS=0)
     model = make_model(config)
     tokens = torch.randint(4, config.data.vocab_size, (1, LENGTH))
     hidden = make_forward(model, 0)(tokens, document_index(tokens))
