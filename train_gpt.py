@@ -708,7 +708,7 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: "T" in letters_of(c.model.stack) or c.model.titans_depth == 1 and not c.model.titans_context,
      "TITANS_DEPTH={model.titans_depth}, TITANS_CONTEXT={model.titans_context}: STACK={model.stack} has no Titans "
      "memory, T"),
-    (lambda c: letters_of(c.model.stack) > {"A"} or "A" not in letters_of(c.model.stack) or all(
+    (lambda c: letters_of(c.model.stack) - {"A"} or all(
         getattr(c.model, name) == SETTINGS[name.upper()][1].default
         for name in ("expand_k", "expand_v", "conv_size", "mixer_gate", "mixer_chunk")),
      "EXPAND_K, EXPAND_V, CONV_SIZE, MIXER_GATE, MIXER_CHUNK: STACK={model.stack} has no recurrent mixer that they "
@@ -2160,6 +2160,9 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype, settings: ModelSettin
         return f"{package} is not in this torch"
 
 
+FLA_KEYS = 256  # key channels of a head, at most
+
+
 def _lacks_fla(device: torch.device, dtype: torch.dtype, settings: ModelSettings) -> str | None:
     """Why flash-linear-attention is not usable."""
     if device.type != "cuda":
@@ -2171,9 +2174,6 @@ def _lacks_fla(device: torch.device, dtype: torch.dtype, settings: ModelSettings
     if max(wide, default=0) > FLA_KEYS:
         return f"needs at most {FLA_KEYS} key channels a head (here {max(wide):g})"
     return None if importlib.util.find_spec("fla") else "flash-linear-attention is not installed"
-
-
-FLA_KEYS = 256
 
 
 Softcap = float | Tensor | Callable[[Tensor], Tensor]
@@ -3795,8 +3795,8 @@ def short_conv(x: Tensor, weight: Tensor, docs: Tensor | None) -> Tensor:
 
 class Recurrent(nn.Module):
     """What recurrent mixers share: queries, keys and values of each head through short convolutions and silu; raw gates
-    of each head in fp32; a norm and, on request, a gate on what comes out. A row says how many gates it has and what it
-    recalls."""
+    of each head in fp32; a norm and, on request, a gate on what comes out. A row says how many GATES it has and what
+    it recalls: recall(q, k, v, gates, context), q, k, v (B, T, H, C) in fp32, raw gates (B, T, H) -> (B, T, H, V)."""
 
     GATES = 0
 
@@ -3821,17 +3821,16 @@ class Recurrent(nn.Module):
             x = short_conv(x, self.convs[part].to(x.dtype), context.docs)
         return F.silu(x).unflatten(-1, (self.plan.heads, -1))
 
-    def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
-        """What the heads bring (B, T, H, V) for q, k, v in fp32 and raw gates (B, T, H)."""
-        raise NotImplementedError
-
     def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
         """n (B, T, D), normalised -> what it adds (B, T, D), and None: it has no values for others."""
-        q, k, v = (self.read(part, n, context, sites, deltas) for part in "qkv")
+        parts = [self.read(part, n, context, sites, deltas) for part in "qkv"]
+        return self.finish(self.recalled(n, parts, context), n, sites, deltas), None
+
+    def recalled(self, n: Tensor, parts: list[Tensor], context: Context) -> Tensor:
+        """What the heads bring, (B, T, H, V) in fp32, for n (B, T, D) and its queries, keys and values."""
         wide = torch.promote_types(n.dtype, torch.float32)
         raw = F.linear(n.to(wide), self.gates.to(wide)).unflatten(-1, (self.GATES, -1)).unbind(-2)
-        y = self.recall(q.to(wide), k.to(wide), v.to(wide), list(raw), context)
-        return self.finish(y, n, sites, deltas), None
+        return self.recall(*(part.to(wide) for part in parts), list(raw), context)
 
     def finish(self, y: Tensor, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
         """What y (B, T, H, V) adds to the stream, (B, T, D)."""
@@ -3951,10 +3950,8 @@ class Titans(Recurrent):
         """As Recurrent's; with TITANS_CONTEXT attention over what is recalled and what is there."""
         if not self.settings.titans_context:
             return super().forward(n, context, sites, deltas)
-        q, k, v = (self.read(part, n, context, sites, deltas) for part in "qkv")
-        wide = torch.promote_types(n.dtype, torch.float32)
-        raw = F.linear(n.to(wide), self.gates.to(wide)).unflatten(-1, (self.GATES, -1)).unbind(-2)
-        recalled = self.recall(q.to(wide), k.to(wide), v.to(wide), list(raw), context)
+        q, k, v = parts = [self.read(part, n, context, sites, deltas) for part in "qkv"]
+        recalled = self.recalled(n, parts, context)
         recalled = rms_norm(recalled, self.settings.norm_eps).to(n.dtype).flatten(2)
         past_k, past_v = (self.read(part, recalled, context, sites, deltas) for part in "kv")
         cos, sin = rotary_tables(n.shape[1], self.dims, self.settings, n, context.stretch)
@@ -4317,7 +4314,7 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
     steps = (phase if isinstance(phase, Phase) else model.phases[phase]).steps
     scales, tapped = settings.crawler_loop_rope_scales, bool(settings.crawler_tap_dim)
     letters = letters_of(settings.stack)
-    attends, recurrent = "A" in letters, letters > {"A"} or "A" not in letters
+    attends, recurrent = "A" in letters, bool(letters - {"A"})
     for step in steps:
         sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
         skip = None if step.source is None else model.skips[f"{steps[step.source].block}_{step.block}"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, small_config
 
+import train_gpt
 from train_gpt import (
     KERNELS,
     Context,
@@ -285,6 +286,16 @@ def test_packed_rows_need_every_recurrence_to_take_them(monkeypatch):
         assert picked.packed is packed, stack
     assert lines[0] == ("kernel:attention sdpa (fa3: chunked titans does not take packed rows; varlen: chunked titans "
                         "does not take packed rows)")
+
+
+def test_unrolled_recurrences_are_not_compiled_for_every_length(monkeypatch):
+    """An evaluator asks in many lengths: a stack of attention is compiled for all of them, one of chunks is not."""
+    asked = []
+    monkeypatch.setattr(train_gpt, "make_compiled", lambda function, on, **_: asked.append(on) or function)
+    for stack in ("A2", "A D", "T2"):
+        config = small_config(PRESET="baseline", STACK=stack)
+        train_gpt.make_guest("contiguous", make_model(config), config, train_gpt.World(), compiled=True)
+    assert asked == [True, False, False]
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -531,7 +531,8 @@ class Speed:
         trainer = gpt.Trainer(config, model, data, world, gpt.Log(None, time.perf_counter), Path(), compiled,
                               lambda _: (0.0, 0.0))
         trainer.micros = world.lanes
-        trainer.losses = [gpt.make_compiled(gpt.make_loss(model, phase, config.ngram.ngram_head_loss), compiled,
+        trainer.losses = [gpt.make_compiled(gpt.make_loss(model, phase, config.ngram.ngram_head_loss,
+                                                            config.train.z_loss), compiled,
                                             replayed=trainer.replayed) for phase in range(len(model.phases))]
         return trainer
 
