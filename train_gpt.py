@@ -153,6 +153,8 @@ class ModelSettings:
     mlp_act: str = setting("relu_sq", "activation of the feed-forward", choices=("relu_sq", "gelu"))
     mlp_slope: float = setting(0.0, "negative slope of the squared leaky ReLU; 0 is squared ReLU", low=0.0, high=1.0)
     extra_norms: bool = setting(False, "an RMS norm before the matrices that end a branch, too")
+    hgf_rank: int = setting(0, "rank of a gated low-rank path, stored as fp8, beside every matrix of a block; 0 is none",
+                            low=0, high=1024)
     post_norm: bool = setting(False, "an RMS norm with gains behind each block")
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
     rope_dims: int = setting(0, "channels of a head that rotate; 0 is all, -1 is none", unit="channels", low=-1)
@@ -231,10 +233,14 @@ class OptimSettings:
     muon_momentum: float = setting(0.95, "momentum of Muon", low=0.0, high=0.9999)
     muon_momentum_warmup_start: float = setting(0.85, "momentum at the first step", low=0.0, high=0.9999)
     muon_momentum_warmup_steps: int = setting(500, "steps until the full momentum", unit="steps", low=0)
-    matrix_optimizer: str = setting("muon", "update of matrices", choices=("muon", "adamw", "fro", "fro2"))
-    other_optimizer: str = setting("adamw", "update of everything else", choices=("adamw", "fro"))
+    matrix_optimizer: str = setting("muon", "update of matrices", choices=("muon", "adamw", "fro", "fro2", "mezo"))
+    other_optimizer: str = setting("adamw", "update of everything else", choices=("adamw", "fro", "mezo"))
     fro_alpha: float = setting(0.1, "share of a step of fro and fro2 that is always taken", low=0.0, high=1.0)
     fro_gamma: float = setting(0.8, "how much of the rest their resonance gives", low=0.0, high=10.0)
+    mezo_eps: float = setting(1e-3, "mezo probes the loss so far to both sides of a weight, in deviations of its "
+                              "normal direction", low=1e-8, high=1.0)
+    mezo_eps_ternary: float = setting(0.03, "the same for ternary latents, whose direction has the scale of their "
+                                      "group", low=1e-8, high=1.0)
     cags: str = setting("none", "steps of ternary latents grow near the border between two trits where zeros are near: "
                         "of the gradient as published, or of the update", choices=("none", "published", "placed"))
     cags_alpha: float = setting(0.8, "how much", low=0.0, high=10.0)
@@ -676,6 +682,9 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         c.artifact.matrix_format == "ternary" or "ternary" in c.artifact.policy),
      "CAGS={optim.cags}, RATE_TERM={optim.rate_term}: need ternary weights that are trained as such, MATRIX_FORMAT="
      "ternary and QAT_START below 1"),
+    (lambda c: (c.optim.matrix_optimizer == "mezo") == (c.optim.other_optimizer == "mezo"),
+     "MATRIX_OPTIMIZER={optim.matrix_optimizer}, OTHER_OPTIMIZER={optim.other_optimizer}: mezo has no gradients to "
+     "share, so both must be mezo or neither"),
     (lambda c: not c.train.pass_drop or repeats(c.model.stack),
      "PASS_DROP={train.pass_drop}: STACK={model.stack} has no ( ) group with several passes"),
     (lambda c: c.train.micro_batch_tokens % math.lcm(*(length for _, length in parse_seq_schedule(c.train))) == 0,
@@ -2927,7 +2936,7 @@ def plain_head(settings: ModelSettings) -> bool:
 
 def plain_mlp(settings: ModelSettings) -> bool:
     """Whether the feed-forward is that of mlp: two matrices around a squared leaky ReLU."""
-    return settings.mlp_act == "relu_sq" and not settings.extra_norms
+    return settings.mlp_act == "relu_sq" and not settings.extra_norms and not settings.hgf_rank
 
 
 def kernels_of(settings: ModelSettings) -> list[str]:
@@ -3323,6 +3332,7 @@ def standard_policy(settings: ArtifactSettings) -> tuple[tuple[str, dict[str, An
             ("embedding", row(settings.embed_format, settings.embed_bits, settings.embed_clip_sigmas)),
             ("table", {**row(settings.embed_format, settings.embed_bits, settings.embed_clip_sigmas),
                        "solver": "nearest"}),
+            ("factor", {"format": "fp8"}),
             ("*", {"format": settings.gain_format, **shared}))
 
 
@@ -3478,16 +3488,40 @@ def add_delta(y: Tensor, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
     return y + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
 
 
+class LowRank(nn.Module):
+    """A low-rank path x A^T B^T times tanh of a learned gate that starts at 0. Source: HGF, arXiv 2602.05269, whose gate
+    reads the data."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.a = make_parameter((rank, inputs), "factor", "uniform")
+        self.b = make_parameter((outputs, rank), "factor", "uniform")
+        self.gate = make_parameter((1,), "gate", 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.gate.tanh().to(x.dtype)
+
+
 class Linear(nn.Module):
-    """A matrix (out, in) with an fp32 master, cast to the input's dtype where it is used."""
+    """A matrix (out, in) with an fp32 master, cast to the input's dtype where it is used, and the low-rank path that
+    `add_paths` puts beside it."""
 
     def __init__(self, inputs: int, outputs: int, start: float | str) -> None:
         super().__init__()
-        self.weight = make_parameter((outputs, inputs), "matrix", start)
+        self.weight, self.path = make_parameter((outputs, inputs), "matrix", start), None
 
     def forward(self, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
         """(..., in) -> (..., out)."""
-        return add_delta(F.linear(x, self.weight.to(x.dtype)), x, site, deltas)
+        y = F.linear(x, self.weight.to(x.dtype))
+        return add_delta(y if self.path is None else y + self.path(x), x, site, deltas)
+
+
+def add_paths(part: nn.Module, rank: int) -> None:
+    """Put a low-rank path beside every matrix of a part; rank 0 leaves it as it is."""
+    for module in list(part.modules()) if rank else ():
+        if isinstance(module, Linear):
+            module.path = LowRank(*reversed(module.weight.shape), rank)
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -4112,6 +4146,7 @@ class BlockModule(nn.Module):
             # How much of each lane stays, and what attention and feed-forward (rows) give to each lane (columns).
             self.lane_keep = make_parameter((2,), "gain", 1.1)
             self.lane_give = make_parameter((2, 2), "gain", 1.0)
+        add_paths(self, settings.hgf_rank)
 
     def normed(self, x: Tensor) -> Tensor:
         """x (B, T, D) normalised, times the block's own factor."""
@@ -4504,6 +4539,14 @@ def mixer_flops(settings: ModelSettings, block: BlockPlan, length: int) -> float
     return total
 
 
+def path_flops(settings: ModelSettings, block: BlockPlan) -> float:
+    """FLOPs of one token in the low-rank paths of a block: two a rank for every input and output of its matrices."""
+    width, heads = settings.model_dim, block.heads
+    ends = (width * (6 + 2 * block.kv_heads / heads) if block.letter == "A" else
+            2 * (width + heads * block.key) + (2 + block.gated) * (width + heads * block.value))
+    return 2 * settings.hgf_rank * (ends + 2 * (width + block.hidden) * bool(block.hidden))
+
+
 def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length: int) -> int:
     """FLOPs of one token's forward: two a weight of every matrix and visit, attention over the mean context, head."""
     blocks, width = plan_blocks(settings), settings.model_dim
@@ -4513,7 +4556,7 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
     for step in phase.steps:
         block = blocks[step.block]
         total += 4 * width * block.hidden
-        total += mixer_flops(settings, block, length)
+        total += mixer_flops(settings, block, length) + path_flops(settings, block)
         if step.turn and step.turn.first:
             product = settings.loop_instructions in ("static", "flow")
             total += 4 * width * (settings.inst_dim * product + settings.anchor_dim * (step.turn.number > 0))
@@ -4540,6 +4583,7 @@ ROLES: dict[str, Role] = {
     "matrix": Role("matrix_optimizer", "matrix_lr", "muon_wd"),
     "embedding": Role("other_optimizer", "tied_embed_lr", "embed_wd"),
     "table": Role("other_optimizer", "tied_embed_lr", "embed_wd"),
+    "factor": Role("matrix_optimizer", "matrix_lr", "muon_wd"),
     "gain": Role("other_optimizer", "scalar_lr", ""),
     "gate": Role("other_optimizer", "scalar_lr", ""),
 }
@@ -4663,6 +4707,29 @@ def fro2_share(grad: Tensor, state: dict[str, Tensor], step: int, settings: Opti
     share = settings.fro_alpha + (1 - settings.fro_alpha) * settings.fro_gamma * resonance
     state["mean"].lerp_(share, 1 / step)
     return share / state["mean"]
+
+
+def sgd_step_(parameters: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], step: int, rate: float,
+              decay: float, settings: OptimSettings) -> None:
+    """A plain step down on all tensors, in place."""
+    torch._foreach_mul_(parameters, 1 - rate * decay)
+    torch._foreach_add_(parameters, grads, alpha=-rate)
+
+
+LEAST_LATENT = 0.01  # scale of a ternary group that is zero still
+
+
+def mezo_direction(weight: Tensor, route: Route | None, seed: int) -> Tensor:
+    """The direction, shaped as the weight, in which MeZO looks and steps: standard normal and never stored, for the
+    same seed is the same direction. Ternary latents (with a route) have it in the scale of their group, for what a step
+    of fixed size flips in them would otherwise hang on that."""
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    direction = torch.randn(weight.shape, generator=generator, device=weight.device)
+    if route is None:
+        return direction
+    groups, base = ternary_base(weight, route)
+    scale = base[..., None].expand_as(groups).flatten(1)[:, :weight.shape[1]].to(weight.dtype)
+    return direction.mul_(scale.clamp_min(LEAST_LATENT))
 
 
 # -- what changes the steps of ternary latents
@@ -4797,6 +4864,7 @@ UPDATES: dict[str, Update] = {
                               "slow": p.new_zeros(3, -(-p.numel() // -(-p.numel() // FRO2_SKETCH)))}, None,
                    fro2_share),
     "adamw": Update(lambda p: _zeros(p, "first", "second"), adamw_step_),
+    "mezo": Update(lambda p: {}, sgd_step_),
     "fro": Update(lambda p: {**_zeros(p, "first"), "cosines": p.new_zeros(2, 3),
                              "second": p.new_zeros(len(p), 1) if p.ndim == 2 else torch.zeros_like(p)}, fro_update_),
 }
@@ -4869,9 +4937,11 @@ class Optimizer:
             self.state[name] = UPDATES[self.rules[name]].fresh(parameter.detach())
         matrices = {name: p for name, p in self.parameters.items() if UPDATES[self.rules[name]].step is None}
         self.owners = share_out({name: p.numel() * min(p.shape) for name, p in matrices.items()}, world.size)
-        latents = {name: (self.parameters[name], route) for name, route in (routes or {}).items()
-                   if route.format == "ternary" and self.parameters[name].ndim == 2}
-        self.steering = STEERINGS[steering_of(settings)](settings, latents) if steering_of(settings) else None
+        self.latents = {name: route for name, route in (routes or {}).items()
+                        if route.format == "ternary" and self.parameters[name].ndim == 2}
+        self.steering = STEERINGS[steering_of(settings)](settings, {
+            name: (self.parameters[name], route) for name, route in self.latents.items()}) if steering_of(
+                settings) else None
         if self.steering is not None:
             self.state["steering"] = self.steering.state
 
@@ -5199,6 +5269,91 @@ class Coverage:
                 raise CheckError(f"parameter {name}: its gradient was exactly zero in its first {self.STEPS} steps")
 
 
+class Mezo:
+    """Training without backward passes: the loss on both sides of the weights along one random direction gives the slope
+    there, and the step follows it. What was found, 16 bytes a step, goes to replay.bin, which rebuilds the weights
+    without data or checkpoint. Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passes; there
+    the direction is added and taken off again, here the weights are kept beside it: what is replayed is the same bits.
+    """
+
+    ROW, HEAD = struct.Struct("<4f"), 32  # slope, rate factor, fraction of training, loss; sha256 of the final weights
+
+    def __init__(self, optimizer: Optimizer, seed: int, path: Path) -> None:
+        self.optimizer, self.seed, self.path, self.slope = optimizer, seed, path, 0.0
+
+    def directions(self, step: int) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+        """Every parameter once with its direction in a step, and how far that is probed."""
+        settings = self.optimizer.settings
+        for name, parameter in self.optimizer.parameters.items():
+            route = self.optimizer.latents.get(name)
+            yield (parameter, mezo_direction(parameter.detach(), route, stream_seed(self.seed, f"mezo {name}", step)),
+                   settings.mezo_eps if route is None else settings.mezo_eps_ternary)
+
+    @torch.no_grad()
+    def probe(self, step: int, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The losses on both sides; the weights are afterwards what they were, to the bit."""
+        parameters, sides = list(self.optimizer.parameters.values()), []
+        held = [parameter.clone() for parameter in parameters]
+        for sign in (1.0, -1.0):
+            for parameter, direction, reach in self.directions(step):
+                parameter.add_(direction, alpha=sign * reach)
+            sides.append(loss())
+            torch._foreach_copy_(parameters, held)
+        return sides[0], sides[1]
+
+    @torch.no_grad()
+    def fill(self, step: int, slope: float) -> None:
+        """Gradients from half the difference of the two losses."""
+        self.slope = slope
+        for parameter, direction, reach in self.directions(step):
+            parameter.grad = direction.mul_(slope / reach)
+
+    def rounded(self, *values: float) -> tuple[float, ...]:
+        """Values as the log holds them: a step is made with these."""
+        return self.ROW.unpack(self.ROW.pack(*values))
+
+    def write(self, step: int, *values: float) -> None:
+        """Log a step; a step that was logged before the run was killed is written again."""
+        at = self.HEAD + step * self.ROW.size
+        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+            if not step:
+                file.write(bytes(self.HEAD))
+            if file.seek(0, os.SEEK_END) < at:
+                raise ConfigError(f"{self.path}: must hold the {step} steps of checkpoint.pt; use another RUN_ID")
+            file.truncate(at)
+            file.seek(at)
+            file.write(self.ROW.pack(*values))
+
+    def close(self, digest: str) -> None:
+        """Log what the weights came to."""
+        with self.path.open("r+b") as file:
+            file.write(bytes.fromhex(digest))
+
+
+def replayed(config: Config, model: GPT, path: Path, world: World) -> Checkpoint:
+    """The end of MeZO's training from its log; CheckError where it leads to other weights than it did."""
+    data = path.read_bytes()
+    digest, body = data[:Mezo.HEAD], data[Mezo.HEAD:]
+    if len(digest) < Mezo.HEAD or not any(digest) or len(body) % Mezo.ROW.size:
+        raise ConfigError(f"{path}: the training it logs was not finished")
+    init_weights(model, config.run.seed)
+    optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
+    average, mezo, loss = Average(model, config.optim.ema_decay), Mezo(optimizer, config.run.seed, path), math.nan
+    for step, (slope, factor, frac, loss) in enumerate(Mezo.ROW.iter_unpack(body)):
+        mezo.fill(step, slope)
+        optimizer.step(factor, 0.0, decay_factor(config.optim, frac), frac, torch.tensor(loss, device=world.device))
+        average.update()
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    if weights_digest(weights) != digest.hex():
+        raise CheckError(f"{path}: leads to other weights here than where it was made; settings that training read, "
+                         "torch or the kind of device differ")
+    return Checkpoint(len(body) // Mezo.ROW.size, 0.0, True, loss, config.digest(), "", weights, average.shadow, {}, {},
+                      {})
+
+
+ESTIMATORS: dict[str, type[Mezo]] = {"mezo": Mezo}
+
+
 BUCKET_ELEMENTS = 1 << 22  # gradients that travel together
 
 
@@ -5226,6 +5381,8 @@ class Trainer:
         self.began, self.earlier = log.clock() if began is None else began, 0.0
         self.optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
         self.average = Average(model, config.optim.ema_decay)
+        self.mezo = ESTIMATORS["mezo"](self.optimizer, config.run.seed, folder / "replay.bin") if (
+            config.optim.matrix_optimizer == "mezo") else None
         routes = routes_of(model, config.artifact)
         self.routes = {name: routes[name] for name in qat_parts(model, config.artifact)}
         self.trit_routes = {name: route for name, route in routes.items() if route.format == "ternary"}
@@ -5335,9 +5492,8 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and run every phase in every context on random tokens before the clock starts; no weight changes."""
         settings = self.config.train
-        self.losses = [make_compiled(make_loss(self.model, phase, self.config.ngram.ngram_head_loss, settings.z_loss),
-                                     self.compiled, replayed=self.replayed)
-                       for phase in (*self.model.phases, *([self.short] if self.short else []))]
+        plans = range(len(self.model.phases) + bool(self.short))
+        self.losses = [make_compiled(self.plain_loss(phase), self.compiled, replayed=self.replayed) for phase in plans]
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
         drawn = torch.randint(BOS + 3, self.config.data.vocab_size, (settings.micro_batch_tokens + 1,),
                               generator=generator)
@@ -5352,7 +5508,9 @@ class Trainer:
             batch = self.passes_of(batch if self.grams is None else self.grams.lessons(batch), 0, phase, False)
             for _ in range(settings.warmup_steps):
                 self.model.zero_grad(set_to_none=True)
-                self.run_loss(phase, batch).backward()
+                with torch.set_grad_enabled(self.mezo is None):
+                    loss = self.run_loss(phase, batch)
+                (loss if self.mezo is None else self.plain_loss(phase)(*batch)).backward()
             self.coverage.saw_phase()
         self.model.zero_grad(set_to_none=True)
         self.coverage.check_phases()
@@ -5373,6 +5531,11 @@ class Trainer:
             raise CheckError(f"MAX_WALLCLOCK_SECONDS={settings.max_wallclock_seconds:g}: nothing is left for training "
                              f"beside {self.reserve:.1f} s of calibration and {self.before:.1f} s of set-up and "
                              "writing")
+
+    def plain_loss(self, phase: int) -> Callable[..., Tensor]:
+        """The loss of a plan, not compiled."""
+        return make_loss(self.model, (*self.model.phases, self.short)[phase], self.config.ngram.ngram_head_loss,
+                         self.config.train.z_loss)
 
     def strict_seconds(self) -> float:
         """Seconds on the strict clock so far: all of this process's stage, and of the processes before it."""
@@ -5437,6 +5600,40 @@ class Trainer:
                 left = min(left, room / max(seconds / self.step, 1e-9))
         return Progress(self.step, frac, left, room)
 
+    def micro_batches(self, phase: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the step, as many at a time as there are lanes."""
+        first, lanes = self.step * self.micros, self.world.lanes
+        mine = range(first + self.world.rank, first + self.micros, self.world.size)
+        coming = [*mine, *(index + self.micros for index in mine)]
+        for start in range(0, len(mine), lanes):
+            batches = [self.prefetch.take(coming[at], self.length, coming[at + 1:])
+                       for at in range(start, min(start + lanes, len(mine)))]
+            batches = batches if self.grams is None else [self.grams.lessons(batch) for batch in batches]
+            yield [self.passes_of(batch, coming[at], phase) for at, batch in enumerate(batches, start)]
+
+    def slopes(self, phase: int, frac: float) -> tuple[Tensor, Tensor]:
+        """As `gradients`, from forward passes alone: the mean of the two losses, and the norm of the gradients that
+        their difference stands for."""
+        batches = list(self.micro_batches(phase))
+
+        def work(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                return self.run_loss(phase, batch) / self.micros
+
+        def loss() -> Tensor:
+            with self.as_stored(frac, training=True):
+                parts = [part for some in batches for part in self.world.each(work, some)]
+            return self.world.add_(torch.stack(parts).sum())
+
+        sides = self.mezo.probe(self.step, loss)
+        slope, = self.mezo.rounded(float(sides[0] - sides[1]) / 2, 0, 0, 0)[:1]
+        self.mezo.fill(self.step, slope)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters()])))
+        clip = self.config.optim.grad_clip_norm
+        if clip and norm > clip:
+            self.mezo.fill(self.step, self.mezo.rounded(slope * clip / float(norm), 0, 0, 0)[0])
+        return (sides[0] + sides[1]) / 2, norm
+
     def gradients(self, phase: int) -> tuple[Tensor, Tensor]:
         """Fill the gradients of the global batch; its mean loss in nats and the gradient norm, on the device."""
         total = torch.zeros((), device=self.world.device)
@@ -5448,14 +5645,7 @@ class Trainer:
             return loss.detach(), torch.autograd.grad(loss * self.scale.value if self.scale.on else loss, parameters,
                                                       allow_unused=True)
 
-        first, lanes = self.step * self.micros, self.world.lanes
-        mine = range(first + self.world.rank, first + self.micros, self.world.size)
-        coming = [*mine, *(index + self.micros for index in mine)]
-        for start in range(0, len(mine), lanes):
-            batches = [self.prefetch.take(coming[at], self.length, coming[at + 1:])
-                       for at in range(start, min(start + lanes, len(mine)))]
-            batches = batches if self.grams is None else [self.grams.lessons(batch) for batch in batches]
-            batches = [self.passes_of(batch, coming[at], phase) for at, batch in enumerate(batches, start)]
+        for batches in self.micro_batches(phase):
             for loss, grads in self.world.each(work, batches):
                 total = total + loss
                 for parameter, grad in zip(parameters, grads, strict=True):
@@ -5496,15 +5686,22 @@ class Trainer:
         if length != self.length:
             self.length, self.changed_at = length, self.step
             self.log.line(f"step:{self.step} context:{length}")
-        with self.as_stored(progress.frac, training=True):
-            loss, norm = self.gradients(phase)
+        ramp, frac = self.config.train.seq_change_warmup_steps, progress.frac
+        factor = rate_factor(self.config.optim, progress) * min(1.0, (self.step - self.changed_at + 1) / max(1, ramp))
+        if self.mezo is None:
+            with self.as_stored(frac, training=True):
+                loss, norm = self.gradients(phase)
+        else:
+            loss, norm = self.slopes(phase, frac)
+            row = self.mezo.rounded(self.mezo.slope, factor, frac, float(loss))
+            factor, frac, loss = row[1], row[2], loss.new_tensor(row[3])
+            if self.world.first:
+                self.mezo.write(self.step, *row)
         if self.coverage.still:
             self.coverage.saw_step()
-        ramp = self.config.train.seq_change_warmup_steps
-        factor = rate_factor(self.config.optim, progress) * min(1.0, (self.step - self.changed_at + 1) / max(1, ramp))
         if self.depth or self.usable(self.step, loss.item(), norm.item()):
             self.optimizer.step(factor, momentum_at(self.config.optim, self.step),
-                                decay_factor(self.config.optim, progress.frac), progress.frac, loss)
+                                decay_factor(self.config.optim, frac), frac, loss)
             self.average.update()
         if self.grams is not None:
             self.grams.absorb(range(self.step * self.micros, (self.step + 1) * self.micros), self.world)
@@ -5657,6 +5854,8 @@ class Trainer:
             self.landed_at = self.watch.seconds()
             self._loop()
             self.watch.stop()
+            if self.mezo is not None and self.world.first:
+                self.mezo.close(weights_digest(dict(self.model.named_parameters())))
             self.save(finished=True)
         check_same_weights(self.model, self.world)
         memory = peak_memory_bytes(self.world.device)
@@ -8212,6 +8411,7 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "MUON_BACKENDS": {config.optim.muon_backend}, "ACTIVATIONS": {config.model.mlp_act},
             "UPDATES": {config.optim.matrix_optimizer, config.optim.other_optimizer},
             "STEERINGS": {steering_of(config.optim)} - {""},
+            "ESTIMATORS": {config.optim.matrix_optimizer} & set(ESTIMATORS),
             "EVALUATORS": {"contiguous", *config.eval.eval},
             "GATES": {config.ngram.ngram_gate} if "ngram" in config.eval.eval else set(),
             "TEACHERS": teachers_of(config)}
@@ -8224,7 +8424,7 @@ def check_rows(config: Config) -> None:
               "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
               "FINAL_LANES": FINAL_LANES, "KERNELS": KERNELS, "STARTS": STARTS,
               "BETWEEN": BETWEEN, "UPDATES": UPDATES,
-              "ACTIVATIONS": ACTIVATIONS, "STEERINGS": STEERINGS}
+              "ACTIVATIONS": ACTIVATIONS, "STEERINGS": STEERINGS, "ESTIMATORS": ESTIMATORS}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
             table[key]
@@ -8443,6 +8643,8 @@ def exported_weights(run: Run, held: Checkpoint) -> dict[str, Tensor]:
 def finished_checkpoint(run: Run) -> Checkpoint:
     """The checkpoint of a finished training; ConfigError where there is none."""
     path, stages = run.source / "checkpoint.pt", ",".join(run.config.run.stages)
+    if not path.exists() and (log := path.with_name("replay.bin")).exists():
+        return replayed(run.config, run.new_model(), log, run.world)
     if not path.exists():
         raise ConfigError(f"STAGES={stages}: needs {path}, which is not there")
     held = load_checkpoint(path)

@@ -75,6 +75,7 @@ MIXERS_AND_LOOPS = {"deep memory": {"STACK": "T2", "TITANS_DEPTH": 2, "MIXER_CHU
          "static": {"STACK": "A (A)*2@0.5*3@0.7", "LOOP_INSTRUCTIONS": "static", "INST_DIM": 4, "ANCHOR_DIM": 3},
          "gelu and places": {"STACK": "(A)*3 A{mlp=3}", "MLP_ACT": "gelu", "POSITIONS": "learned", "POSITION_ROWS": 256,
                              "POST_NORM": 1, "ROPE_DIMS": -1, "LOGIT_BIAS": 1},
+         "low-rank paths": {"STACK": "A (D)*2 A{mlp=0}", "HGF_RANK": 3},
          "radial places": {"STACK": "A D", "POSITIONS": "radial", "EXTRA_NORMS": 1, "SOFTCAP_TYPE": "poly"},
          "position": {"STACK": "(A{xsa=1} X)*2 A{xsa=0} (G)*2", "LOOP_INSTRUCTIONS": "position", "SMEAR_CHANNELS": 1}}
 CONFIGS = [*(pytest.param(preset_config(preset), id=preset) for preset in PRESETS),
