@@ -5276,7 +5276,7 @@ class Mezo:
     the direction is added and taken off again, here the weights are kept beside it: what is replayed is the same bits.
     """
 
-    ROW, HEAD = struct.Struct("<4f"), 32  # slope, rate factor, fraction of training, loss; sha256 of the final weights
+    ROW, HEAD = "<4f", 32  # slope, rate factor, fraction of training, loss; before all, sha256 of the final weights
 
     def __init__(self, optimizer: Optimizer, seed: int, path: Path) -> None:
         self.optimizer, self.seed, self.path, self.slope = optimizer, seed, path, 0.0
@@ -5308,13 +5308,36 @@ class Mezo:
         for parameter, direction, reach in self.directions(step):
             parameter.grad = direction.mul_(slope / reach)
 
-    def rounded(self, *values: float) -> tuple[float, ...]:
-        """Values as the log holds them: a step is made with these."""
-        return self.ROW.unpack(self.ROW.pack(*values))
+    def step(self, trainer: "Trainer", phase: int, factor: float, frac: float
+             ) -> tuple[Tensor, Tensor, float, float]:
+        """Gradients of the trainer's next step: the mean of the two losses, the norm of what their difference stands
+        for, and factor and fraction as the log holds them."""
+        batches, step = list(trainer.micro_batches(phase)), trainer.step
+
+        def work(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                return trainer.run_loss(phase, batch) / trainer.micros
+
+        def loss() -> Tensor:
+            with trainer.as_stored(frac, training=True):
+                parts = [part for some in batches for part in trainer.world.each(work, some)]
+            return trainer.world.add_(torch.stack(parts).sum())
+
+        plus, minus = self.probe(step, loss)
+        self.fill(step, float(plus - minus) / 2)
+        grads = [parameter.grad for parameter in self.optimizer.parameters.values()]
+        norm, clip = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))), (
+            self.optimizer.settings.grad_clip_norm)
+        slope = self.slope * (clip / float(norm) if clip and norm > clip else 1.0)
+        row = struct.unpack(self.ROW, struct.pack(self.ROW, slope, factor, frac, float(plus + minus) / 2))
+        self.fill(step, row[0])
+        if trainer.world.first:
+            self.write(step, *row)
+        return plus.new_tensor(row[3]), norm, row[1], row[2]
 
     def write(self, step: int, *values: float) -> None:
         """Log a step; a step that was logged before the run was killed is written again."""
-        at = self.HEAD + step * self.ROW.size
+        at = self.HEAD + step * struct.calcsize(self.ROW)
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             if not step:
                 file.write(bytes(self.HEAD))
@@ -5322,37 +5345,36 @@ class Mezo:
                 raise ConfigError(f"{self.path}: must hold the {step} steps of checkpoint.pt; use another RUN_ID")
             file.truncate(at)
             file.seek(at)
-            file.write(self.ROW.pack(*values))
+            file.write(struct.pack(self.ROW, *values))
 
     def close(self, digest: str) -> None:
         """Log what the weights came to."""
         with self.path.open("r+b") as file:
             file.write(bytes.fromhex(digest))
 
-
-def replayed(config: Config, model: GPT, path: Path, world: World) -> Checkpoint:
-    """The end of MeZO's training from its log; CheckError where it leads to other weights than it did."""
-    data = path.read_bytes()
-    digest, body = data[:Mezo.HEAD], data[Mezo.HEAD:]
-    if len(digest) < Mezo.HEAD or not any(digest) or len(body) % Mezo.ROW.size:
-        raise ConfigError(f"{path}: the training it logs was not finished")
-    init_weights(model, config.run.seed)
-    optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
-    average, mezo, loss = Average(model, config.optim.ema_decay), Mezo(optimizer, config.run.seed, path), math.nan
-    for step, (slope, factor, frac, loss) in enumerate(Mezo.ROW.iter_unpack(body)):
-        mezo.fill(step, slope)
-        optimizer.step(factor, 0.0, decay_factor(config.optim, frac), frac, torch.tensor(loss, device=world.device))
-        average.update()
-    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-    if weights_digest(weights) != digest.hex():
-        raise CheckError(f"{path}: leads to other weights here than where it was made; settings that training read, "
-                         "torch or the kind of device differ")
-    return Checkpoint(len(body) // Mezo.ROW.size, 0.0, True, loss, config.digest(), "", weights, average.shadow, {}, {},
-                      {})
+    @classmethod
+    def rebuild(cls, config: Config, model: GPT, path: Path, world: World) -> Checkpoint:
+        """The end of a training from its log; CheckError where it leads to other weights than it did."""
+        data = path.read_bytes()
+        digest, body = data[:cls.HEAD], data[cls.HEAD:]
+        if not any(digest) or not body or len(body) % struct.calcsize(cls.ROW):
+            raise ConfigError(f"{path}: the training it logs was not finished")
+        init_weights(model, config.run.seed)
+        optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
+        average, mezo = Average(model, config.optim.ema_decay), cls(optimizer, config.run.seed, path)
+        for step, (slope, factor, frac, loss) in enumerate(struct.iter_unpack(cls.ROW, body)):
+            mezo.fill(step, slope)
+            optimizer.step(factor, 0.0, decay_factor(config.optim, frac), frac, torch.tensor(loss, device=world.device))
+            average.update()
+        weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+        if weights_digest(weights) != digest.hex():
+            raise CheckError(f"{path}: leads to other weights here than where it was made; settings that training "
+                             "read, torch or the kind of device differ")
+        return Checkpoint(step + 1, 0.0, True, loss, config.digest(), "", weights, average.shadow, {},
+                          {}, {})
 
 
 ESTIMATORS: dict[str, type[Mezo]] = {"mezo": Mezo}
-
 
 BUCKET_ELEMENTS = 1 << 22  # gradients that travel together
 
@@ -5611,29 +5633,6 @@ class Trainer:
             batches = batches if self.grams is None else [self.grams.lessons(batch) for batch in batches]
             yield [self.passes_of(batch, coming[at], phase) for at, batch in enumerate(batches, start)]
 
-    def slopes(self, phase: int, frac: float) -> tuple[Tensor, Tensor]:
-        """As `gradients`, from forward passes alone: the mean of the two losses, and the norm of the gradients that
-        their difference stands for."""
-        batches = list(self.micro_batches(phase))
-
-        def work(batch: Batch) -> Tensor:
-            with torch.no_grad():
-                return self.run_loss(phase, batch) / self.micros
-
-        def loss() -> Tensor:
-            with self.as_stored(frac, training=True):
-                parts = [part for some in batches for part in self.world.each(work, some)]
-            return self.world.add_(torch.stack(parts).sum())
-
-        sides = self.mezo.probe(self.step, loss)
-        slope, = self.mezo.rounded(float(sides[0] - sides[1]) / 2, 0, 0, 0)[:1]
-        self.mezo.fill(self.step, slope)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters()])))
-        clip = self.config.optim.grad_clip_norm
-        if clip and norm > clip:
-            self.mezo.fill(self.step, self.mezo.rounded(slope * clip / float(norm), 0, 0, 0)[0])
-        return (sides[0] + sides[1]) / 2, norm
-
     def gradients(self, phase: int) -> tuple[Tensor, Tensor]:
         """Fill the gradients of the global batch; its mean loss in nats and the gradient norm, on the device."""
         total = torch.zeros((), device=self.world.device)
@@ -5692,11 +5691,7 @@ class Trainer:
             with self.as_stored(frac, training=True):
                 loss, norm = self.gradients(phase)
         else:
-            loss, norm = self.slopes(phase, frac)
-            row = self.mezo.rounded(self.mezo.slope, factor, frac, float(loss))
-            factor, frac, loss = row[1], row[2], loss.new_tensor(row[3])
-            if self.world.first:
-                self.mezo.write(self.step, *row)
+            loss, norm, factor, frac = self.mezo.step(self, phase, factor, frac)
         if self.coverage.still:
             self.coverage.saw_step()
         if self.depth or self.usable(self.step, loss.item(), norm.item()):
@@ -5762,7 +5757,6 @@ class Trainer:
                       f"step_avg:{seconds * 1000 / max(1, self.step):.2f}ms")
         self.log.event("val", step=self.step, val_loss=nats, val_bpb=bpb, train_seconds=seconds)
         self.tell_loops()
-        self.tell_trits()
         if self.board is not None:
             self.board.add_scalar("val_bpb", bpb, self.step)
         if not self.config.train.strict_clock:
@@ -5811,7 +5805,10 @@ class Trainer:
         told = {"zeros": shares[1], "bits": -sum(p * math.log2(p) for p in shares if p), "churn": churn}
         self.log.line(f"step:{self.step} trits: zeros {told['zeros']:.3f} entropy {told['bits']:.4f} bits "
                       f"changed {churn:.4f} of {count:,}")
-        self.log.event("trits", step=self.step, **told)
+        self.log.event("trits", step=self.step, train_seconds=self.watch.seconds(), **told)
+        if self.board is not None:
+            for tag, value in told.items():
+                self.board.add_scalar(f"trits/{tag}", value, self.step)
         return told
 
     def save(self, finished: bool) -> None:
@@ -5893,6 +5890,8 @@ class Trainer:
             if settings.val_loss_every and self.step and self.step % settings.val_loss_every == 0:
                 self.validate(progress.frac)
             self.one_step(progress)
+            if self.trit_routes and self.step % settings.train_log_every == 0:
+                self.tell_trits()
             if self.step % settings.sync_check_every == 0:
                 check_same_weights(self.model, self.world)
                 self.landed_at = self.watch.seconds()
@@ -8391,7 +8390,8 @@ def document_table(val: Validation, scores: Mapping[str, Score]) -> dict[str, np
 def used_rows(config: Config) -> dict[str, set[str]]:
     """Table -> keys of the rows that this recipe can reach; the packer drops the others. It must not depend on seed,
     paths or stages: one recipe, one packed file. A table that is not named stays whole."""
-    policy = [row for _, row in (*parse_policy(config.artifact.policy), *standard_policy(config.artifact))]
+    policy = [row for name, row in (*parse_policy(config.artifact.policy), *standard_policy(config.artifact))
+              if name != "factor" or config.model.hgf_rank]
     named = {field: {row[field] for row in policy if field in row} for field in ("format", "solver", "codec")}
     factors = {LEFT_FACTOR.format, RIGHT_FACTOR.format} if config.artifact.lqer_rank else set()
     auto = set(AUTO_CODECS) if "auto" in config.artifact.codec else set()
@@ -8644,7 +8644,7 @@ def finished_checkpoint(run: Run) -> Checkpoint:
     """The checkpoint of a finished training; ConfigError where there is none."""
     path, stages = run.source / "checkpoint.pt", ",".join(run.config.run.stages)
     if not path.exists() and (log := path.with_name("replay.bin")).exists():
-        return replayed(run.config, run.new_model(), log, run.world)
+        return ESTIMATORS["mezo"].rebuild(run.config, run.new_model(), log, run.world)
     if not path.exists():
         raise ConfigError(f"STAGES={stages}: needs {path}, which is not there")
     held = load_checkpoint(path)

@@ -32,6 +32,24 @@ SMALL = {"OVERLAY": "tiny", "VOCAB_SIZE": str(MINI_VOCAB), "MODEL_DIM": "32", "N
          "VAL_LOSS_EVERY": "0", "TTT_DOWN_LR": "0", "BIGRAM_VOCAB_SIZE": "0"}
 
 
+PACKED: dict[str, bytes] = {}
+
+
+@pytest.fixture(autouse=True)
+def packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process count the script's bytes; packing takes seconds, so configurations that keep the same rows
+    share one packed file here. Packing itself is tested by itself, and by launches."""
+    pack_self = train_gpt.pack_self
+
+    def pack(config: train_gpt.Config) -> bytes:
+        rows = repr({name: sorted(keys) for name, keys in train_gpt.used_rows(config).items()})
+        key = f"{train_gpt.__file__} {config.run.tools_path} {rows}"
+        if key not in PACKED:
+            PACKED[key] = pack_self(config)
+        return PACKED[key]
+    monkeypatch.setattr(train_gpt, "pack_self", pack)
+
+
 def synthetic_documents(count: int, seed: int) -> list[str]:
     """Texts with repeated words, so that a few steps of training lower the loss; some characters are rare."""
     rng = random.Random(seed)

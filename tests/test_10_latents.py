@@ -171,7 +171,7 @@ def test_gradients_reach_ternary_weights_and_the_rate_term_sets_the_size(mini, t
     events and the result tell zeros, bits and churn."""
     sizes, zeros = [], []
     for strength in (0, 2, 6, 18):
-        words = small_words(mini, tmp_path, RUN_ID=f"rate{strength}", ITERATIONS=24, VAL_LOSS_EVERY=8,
+        words = small_words(mini, tmp_path, RUN_ID=f"rate{strength}", ITERATIONS=24, TRAIN_LOG_EVERY=8,
                             EVAL="contiguous", STAGES="train,calibrate,write,reload,evaluate",
                             RATE_TERM=strength, CODEC="context,range", TERNARY_TAU=0.8, **TERNARY)
         assert main(words, {}) == 0

@@ -418,6 +418,24 @@ def test_documents_make_the_picture_taller(tmp_path, nats):
     assert (1 - new.y1) * tall == pytest.approx((1 - old.y1) * 1200)
 
 
+def test_ternary_weights_make_the_picture_taller(tmp_path):
+    """Zeros, bits and churn over training time; what a killed life wrote is not drawn; one point has no churn."""
+    def trits(step, zeros):
+        return {"event": "trits", "step": step, "train_seconds": step / 2, "zeros": zeros, "bits": 1.5, "churn": 0.1}
+    events = [step_event(i, 3.0, i / 2) for i in range(1, 9)] + [trits(i, i / 8) for i in (2, 4, 6, 8)]
+    write_run(tmp_path, events)
+    assert plot.main([str(tmp_path)]) == 0
+    assert png_size(tmp_path / "curve.png") == (1600, 1200 + plot.TRIT_PIXELS)
+    events += [{"event": "resume", "step": 4, "train_seconds": 2.0}]
+    series = plot.prepare(events, {}, {})
+    assert series.zeros == plot.Curve([1.0, 2.0], [0.25, 0.5])
+    panels = {axes.get_title(loc="left"): axes for axes in plot.draw(series).axes}
+    assert list(panels["Trits that changed since the point before"].lines[0].get_xdata()) == [2.0]
+    assert panels["Ternary weights"].lines[0].get_label() == "zeros"
+    panels = {axes.get_title(loc="left"): axes for axes in plot.draw(plot.prepare(events[:9], {}, {})).axes}
+    assert [text.get_text() for text in panels["Trits that changed since the point before"].texts] == ["one point only"]
+
+
 @pytest.mark.parametrize("change", [
     lambda path: path.write_bytes(path.read_bytes()[:200]), lambda path: path.write_bytes(b"PK"),
     lambda path: np.savez(path, document_nats_x=np.ones(2)),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WIDTH_PIXELS, HEIGHT_PIXELS, DOTS_PER_INCH = 1600, 1200, 100
 DOCUMENT_PIXELS = 520  # more height, for the panels of documents.npz
+TRIT_PIXELS = 440  # and for those of ternary weights
 # Okabe and Ito's colours: told apart by colour-blind eyes as well.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
@@ -118,6 +119,9 @@ class Series:
     limit_bytes: int | None
     notes: list[str]
     documents: Documents = field(default_factory=Documents)
+    zeros: Curve = field(default_factory=Curve)
+    trit_bits: Curve = field(default_factory=Curve)
+    churn: Curve = field(default_factory=Curve)
 
     def colour(self, name: str) -> str:
         """The colour of a score, the same in every panel."""
@@ -143,26 +147,25 @@ def read_events(path: Path) -> tuple[list[dict], int]:
     return events, broken
 
 
-def valid_events(events: list[dict]) -> tuple[dict[int, dict], dict[int, dict], list[float]]:
-    """Returns the step and the val events by step number, ascending, and the training seconds of each resume.
+def valid_events(events: list[dict]) -> tuple[dict[str, dict[int, dict]], list[float]]:
+    """Returns the step, val and trits events by step number, ascending, and the training seconds of each resume.
 
     What a killed life wrote after the checkpoint it was resumed from never happened: a resume drops all later
     steps, and where a step stands there twice the later line wins.
     """
-    steps: dict[int, dict] = {}
-    vals: dict[int, dict] = {}
+    found: dict[str, dict[int, dict]] = {"step": {}, "val": {}, "trits": {}}
     resumes: list[float] = []
     for event in events:
         kind = event["event"]
         if kind == "resume":
-            for kept in (steps, vals):
+            for kept in found.values():
                 for step in [step for step in kept if step > event["step"]]:
                     del kept[step]
             resumes = [seconds for seconds in resumes if seconds < event["train_seconds"]]
             resumes.append(event["train_seconds"])
-        elif kind in ("step", "val"):
-            (steps if kind == "step" else vals)[event["step"]] = event
-    return dict(sorted(steps.items())), dict(sorted(vals.items())), resumes
+        elif kind in found:
+            found[kind][event["step"]] = event
+    return {kind: dict(sorted(kept.items())) for kind, kept in found.items()}, resumes
 
 
 def make_curve(events: dict[int, dict], key: str) -> Curve:
@@ -297,7 +300,8 @@ def prepare(events: list[dict], config: dict, result: dict, name: str = "",
     `name` stands for the run id where the settings have none, `table` is documents.npz. Events of kinds not drawn are
     ignored.
     """
-    steps, vals, resumes = valid_events(events)
+    valid, resumes = valid_events(events)
+    steps, vals, trits = valid["step"], valid["val"], valid["trits"]
     settings = config.get("settings", {})
     train_loss = make_curve(steps, "train_loss")
     scores = {key: score["val_bpb"] for key, score in (result.get("scores") or {}).items()}
@@ -317,7 +321,8 @@ def prepare(events: list[dict], config: dict, result: dict, name: str = "",
         lr_factor=make_curve(steps, "lr_factor"), grad_norm=make_curve(steps, "grad_norm"),
         resumes=resumes, scores=scores, yardsticks=dict(result.get("yardsticks") or {}), parts=parts, tensors=tensors,
         total_bytes=total, limit_bytes=(result.get("artifact") or {}).get("limit_bytes"), notes=notes,
-        documents=document_series(table or {}))
+        documents=document_series(table or {}), zeros=make_curve(trits, "zeros"), trit_bits=make_curve(trits, "bits"),
+        churn=make_curve(trits, "churn"))
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -363,7 +368,8 @@ def draw(series: Series) -> Figure:
              "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
              "legend.frameon": False, "legend.fontsize": 11.5, "axes.axisbelow": True}
     with matplotlib.rc_context(style):
-        more = DOCUMENT_PIXELS if series.documents.by_position else 0
+        foot = DOCUMENT_PIXELS if series.documents.by_position else 0
+        more = foot + (TRIT_PIXELS if series.zeros.y else 0)
         pixels = HEIGHT_PIXELS + more
         figure = Figure(figsize=(WIDTH_PIXELS / DOTS_PER_INCH, pixels / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
 
@@ -379,12 +385,15 @@ def draw(series: Series) -> Figure:
             panels += [(draw_tensors, (0.085, 0.29), (0.075, 0.795))]
         else:
             panels += [(draw_loss, columns[0], rows[0]), (draw_schedule, columns[0], rows[1])]
+        if series.zeros.y:
+            for panel, (x, width) in zip((draw_trits, draw_churn), columns, strict=True):
+                panel(figure.add_axes((x, (foot + 70) / pixels, width, 290 / pixels)), series)
         for panel, (x, width), (y, height) in panels:
             panel(figure.add_axes((x, up(y), width, height * HEIGHT_PIXELS / pixels)), series)
         figure.suptitle(series.title, x=0.055, y=up(0.975), ha="left", fontsize=20, fontweight="bold")
         if series.notes:
             figure.text(0.985, up(0.958), "; ".join(series.notes), ha="right", fontsize=13, color=RED)
-        if more:
+        if foot:
             draw_documents(figure, series, (60 / pixels, 310 / pixels), 432 / pixels)
     return figure
 
@@ -499,6 +508,31 @@ def draw_schedule(axes: Axes, series: Series) -> None:
         say_missing(axes, "no schedule in events.jsonl")
     handles += mark_resumes(axes, series)
     finish(axes, "Learning rate and gradient", TRAINING_TIME, "learning-rate factor (1 = peak)", handles)
+
+
+def draw_trits(axes: Axes, series: Series) -> None:
+    """The share of ternary weights that are zero, and the entropy of a trit on its own axis."""
+    other = axes.twinx()
+    other.spines["right"].set_visible(True)
+    other.grid(False)
+    handles = axes.plot(series.zeros.x, series.zeros.y, color=BLUE, marker="o", linewidth=2.2, label="zeros")
+    handles += other.plot(series.trit_bits.x, series.trit_bits.y, color=ORANGE, marker="o", linewidth=2.2,
+                          label="bits a trit (right)")
+    axes.set_ylim(0, 1)
+    other.set_ylim(0, 1.08 * math.log2(3))
+    other.set_ylabel("entropy of a trit (bits)", color="#9C6A00")
+    other.tick_params(axis="y", colors="#9C6A00")
+    finish(axes, "Ternary weights", TRAINING_TIME, "share that is zero", handles + mark_resumes(axes, series))
+
+
+def draw_churn(axes: Axes, series: Series) -> None:
+    """The share of ternary weights that changed between two points; the first has nothing before it."""
+    x, y = series.churn.x[1:], series.churn.y[1:]
+    axes.plot(x, y, color=GREEN, marker="o", linewidth=2.2)
+    axes.set_ylim(0, 1.08 * max([*y, 1e-9]))
+    if not y:
+        say_missing(axes, "one point only")
+    finish(axes, "Trits that changed since the point before", TRAINING_TIME, "share of all ternary weights")
 
 
 def draw_bars(axes: Axes, parts: list[Part], sizes: list[float], texts: list[str],
