@@ -153,7 +153,7 @@ class ModelSettings:
     mlp_act: str = setting("relu_sq", "activation of the feed-forward", choices=("relu_sq", "gelu"))
     mlp_slope: float = setting(0.0, "negative slope of the squared leaky ReLU; 0 is squared ReLU", low=0.0, high=1.0)
     extra_norms: bool = setting(False, "an RMS norm before the matrices that end a branch, too")
-    hgf_rank: int = setting(0, "rank of a gated low-rank path, stored as fp8, beside every matrix of a block; 0 is none",
+    hgf_rank: int = setting(0, "rank of a gated low-rank path, stored as fp8, beside every matrix of a block; 0: none",
                             low=0, high=1024)
     post_norm: bool = setting(False, "an RMS norm with gains behind each block")
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
@@ -3489,8 +3489,8 @@ def add_delta(y: Tensor, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """A low-rank path x A^T B^T times tanh of a learned gate that starts at 0. Source: HGF, arXiv 2602.05269, whose gate
-    reads the data."""
+    """A low-rank path x A^T B^T times tanh of a learned gate that starts at 0. Source: HGF, arXiv 2602.05269, whose
+    gate reads the data."""
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__()
@@ -5270,10 +5270,11 @@ class Coverage:
 
 
 class Mezo:
-    """Training without backward passes: the loss on both sides of the weights along one random direction gives the slope
-    there, and the step follows it. What was found, 16 bytes a step, goes to replay.bin, which rebuilds the weights
-    without data or checkpoint. Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passes; there
-    the direction is added and taken off again, here the weights are kept beside it: what is replayed is the same bits.
+    """Training without backward passes: the loss on both sides of the weights along one random direction gives the
+    slope there, and the step follows it. What was found, 16 bytes a step, goes to replay.bin, which rebuilds the
+    weights without data or checkpoint. Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward
+    Passes; there the direction is added and taken off again, here the weights are kept beside it: what is replayed is
+    the same bits.
     """
 
     ROW, HEAD = "<4f", 32  # slope, rate factor, fraction of training, loss; before all, sha256 of the final weights

@@ -118,7 +118,8 @@ def test_the_log_rebuilds_the_run(mini, tmp_path, more, capfd):
     assert len(log) == 32 + 16 * 30 and len(set(log)) > 100
     held = (whole / "checkpoint.pt").read_bytes()
     (whole / "checkpoint.pt").unlink()
-    again = ["PACK=0", f"FROM={whole}", f"RUNS_PATH={tmp_path}", "RUN_ID=again", f"STAGES={STAGES.removeprefix('train,')}"]
+    again = ["PACK=0", f"FROM={whole}", f"RUNS_PATH={tmp_path}", "RUN_ID=again",
+             f"STAGES={STAGES.removeprefix('train,')}"]
     assert main(again, {}) == 0
     assert (tmp_path / "again" / "artifact.bin").read_bytes() == (whole / "artifact.bin").read_bytes()
     scores = [json.loads((tmp_path / name / "result.json").read_text())["scores"] for name in ("whole", "again")]

@@ -166,18 +166,23 @@ CRAWLER = {"PRESET": "clowncar", "STACK": "A (A{xsa=1} D{mlp=0})*3 [G X]1 T A", 
            "TRAIN_SEQ_SCHEDULE": "32@0.5,64@1"}
 
 
+RECORD = {"PRESET": "caseops", "VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "BIGRAM_VOCAB_SIZE": 31,
+          "BIGRAM_DIM": 8, "TRIGRAM": 1, "EMBED_DIM": 16, "ASYM_LOGIT_RESCALE": 1, "TRAIN_SEQ_SCHEDULE": "32@0.5,64@1",
+          "WD_TAPER_START_FRAC": 0.5, "WD_TAPER_FINAL_MULT": 0.5}
+TERNARY = {"PRESET": "radial", "STACK": "A (A)*2 A", "GROUP_SIZE": 8, "CAGS": "placed", "RATE_TERM": 1, "HGF_RANK": 2,
+           "PASS_DROP": 0.2}
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("dtype, near", [("float32", 2e-5), ("bfloat16", 0.03)])
-@pytest.mark.parametrize("preset", ["caseops", "clowncar"])
-def test_two_ranks_equal_one_with_every_part(mini, tmp_path, dtype, near, preset):
-    """The record stack and the crawler with all other parts on as well, over their changes of plan and of context."""
-    parts = {**CRAWLER, "COMPUTE_DTYPE": dtype} if preset == "clowncar" else {
-        "PRESET": "caseops", "VE_LAYERS": "1,2", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "BIGRAM_VOCAB_SIZE": 31,
-        "BIGRAM_DIM": 8, "TRIGRAM": 1, "EMBED_DIM": 16, "ASYM_LOGIT_RESCALE": 1, "TRAIN_SEQ_SCHEDULE": "32@0.5,64@1",
-        "WD_TAPER_START_FRAC": 0.5, "WD_TAPER_FINAL_MULT": 0.5, "COMPUTE_DTYPE": dtype}
+@pytest.mark.parametrize("parts, dtype, near", [
+    (RECORD, "float32", 2e-5), (CRAWLER, "float32", 2e-5), (CRAWLER, "bfloat16", 0.03), (TERNARY, "float16", 0.03)])
+def test_two_ranks_equal_one_with_every_part(mini, tmp_path, parts, dtype, near):
+    """The record stack and the crawler with all other parts on as well, over their changes of plan and of context;
+    a ternary stack in float16, as small GPUs train it."""
     for processes in (1, 2):
         done = launch(small_words(mini, tmp_path, RUN_ID=f"r{processes}", ITERATIONS=8, STAGES="train",
-                                  SYNC_CHECK_EVERY=2, **parts), processes=processes)
+                                  COMPUTE_DTYPE=dtype, SYNC_CHECK_EVERY=2, **parts),
+                      processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = losses(tmp_path / "r1"), losses(tmp_path / "r2")
     assert sorted(two) == sorted(one) and max(abs(one[step] - two[step]) for step in one) <= near
@@ -265,6 +270,20 @@ def test_gradients_are_the_mean_of_the_batch_and_clipped_as_a_whole(mini, tmp_pa
     assert found[0][:2] == found[0.01][:2] and found[0][1] == pytest.approx(found[0][2].norm().item(), rel=1e-5)
     assert found[0.01][2].norm().item() == pytest.approx(0.01, rel=1e-4)
     assert torch.nn.functional.cosine_similarity(found[0][2], found[0.01][2], dim=0) > 0.99999
+
+
+def test_no_score_holds_the_z_loss(mini, tmp_path):
+    """The training loss does; what is validated and scored is the plain cross-entropy."""
+    found = {}
+    for weight in (0, 0.5):
+        words = small_words(mini, tmp_path, RUN_ID=f"z{weight}", ITERATIONS=2, VAL_LOSS_EVERY=1, Z_LOSS=weight,
+                            MATRIX_LR=0, TIED_EMBED_LR=0, SCALAR_LR=0, STAGES=STAGES, EVAL="contiguous")
+        assert main(words, {}) == 0
+        folder = tmp_path / f"z{weight}"
+        scores = json.loads((folder / "result.json").read_text())["scores"]
+        found[weight] = (losses(folder)[1], events(folder, "val")[0]["val_bpb"],
+                         *(scores[kind]["val_bpb"] for kind in ("float", "contiguous")))
+    assert found[0][1:] == found[0.5][1:] and found[0.5][0] > found[0][0] + 1
 
 
 def test_step_limited_runs_use_all_their_steps(mini, tmp_path):

@@ -51,6 +51,8 @@ class Played:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train_gpt.py").write_bytes(self.pack(config))
         (folder / "result.json").write_text(json.dumps(result))
+        (folder / "config.json").write_text(json.dumps({"settings": {
+            name: gpt.show_value(value) for name, value in config.flat().items()}}))
         return []
 
     def presets(self, **more):
@@ -340,9 +342,10 @@ def test_all_rows_of_the_table_can_be_run(tmp_path):
 
 def test_the_crawlers_rows_can_be_run_and_some_find_their_own_shape(tmp_path):
     """Those that spend the base's bytes otherwise are as wide as the rule allows; the others keep the base's width."""
-    played = Played(tmp_path, lambda name, kind: 2.0 + 0.1 * (kind == "float"))
+    scores = {"contiguous": {"val_bpb": 2.0}, "float": {"val_bpb": 2.1}}
+    played = Played(tmp_path, lambda name, kind: 2.0, scores=scores)
     suite, options = compare.SUITES["crawler"], {**OPTIONS, "BASE": "clowncar", "SEEDS": [1], "MINUTES": 600.0}
-    (shapes, _, table), said = collect(compare.parts(options, played.lab, suite))
+    (shapes, _, table, squeezes), said = collect(compare.parts(options, played.lab, suite))
     assert not said and {row["row"] for row in table.json()["rows"]} == {"base", *compare.CRAWLER_ROWS}
     found = {row["variant"]: row for row in shapes.json()["rows"]}
     widths = {name: row["MODEL_DIM"] for name, row in found.items()}
@@ -351,6 +354,32 @@ def test_the_crawlers_rows_can_be_run_and_some_find_their_own_shape(tmp_path):
         assert widths[name] < widths["base"] and 0.9e6 < found[name]["bytes by the rule"] <= 1e6, name
     assert found["delta-memory"]["parameters"] > found["base"]["parameters"] > found["one-pass"]["parameters"]
     assert "but delta, flat" in shapes.text() and "own" in shapes.text()
+    # What is squeezed again costs no training, is kept, and is compared with the float weights of its own run.
+    assert [row["row"] for row in squeezes.json()["rows"]] == ["base", "one-pass", "two-passes", "eight-passes",
+                                                               "noise", "straight-through"]
+    assert squeezes.json()["rows"][0]["int4"] == pytest.approx(-0.1)
+    assert "int3 is MATRIX_BITS=3 POLICY=" in squeezes.note
+    assert played.names[-1] == "straight-through_1_int3" and "base_1_int5" in played.names
+    before = len(played.names)
+    collect(compare.parts({**options, "ROWS": ["one-pass"]}, played.lab, suite))
+    assert len(played.names) == before
+
+
+def test_the_ternary_rows_can_be_run(tmp_path):
+    """Formats of other sizes find their own shape; a fact that a run does not have is left out."""
+    played = Played(tmp_path, lambda name, kind: 2.0)
+    suite, options = compare.SUITES["ternary"], {**OPTIONS, "BASE": "jamone", "SEEDS": [1], "MINUTES": 600.0,
+                                                 "BYTES": 250_000}
+    played.facts["train"] = {"steps": 9, "tokens_per_second": 1.0, "trits": {"zeros": 0.4, "bits": 1.5}}
+    (shapes, _, table), said = collect(compare.parts(options, played.lab, suite))
+    assert not said and {row["row"] for row in table.json()["rows"]} == {"base", *compare.TERNARY_ROWS}
+    assert all(row["bits a trit"] == 1.5 and row["zeros"] == 0.4 for row in table.json()["rows"])
+    widths = {row["variant"]: row["MODEL_DIM"] for row in shapes.json()["rows"]}
+    assert widths["binary"] > widths["base"] > widths["distinct-2"] > widths["distinct-8"]
+    assert {widths[name] for name in widths if name not in compare.TERNARY_OWN_SHAPE} == {widths["base"]}
+    del played.facts["train"]
+    (_, _, table), _ = collect(compare.parts({**options, "SEEDS": [2], "ROWS": ["binary"]}, played.lab, suite))
+    assert table.json()["rows"][0]["bits a trit"] is None
 
 
 def test_the_squeeze_costs_the_artifact_minus_the_float_weights():
@@ -426,7 +455,7 @@ def test_the_text_of_the_tables(tmp_path):
 def test_the_command_line_hands_its_options_on(tmp_path, monkeypatch, capsys):
     seen, fields = [], ("T", {"a": "d"}, [[1]], "n")
     for name in ("presets", "parts"):
-        monkeypatch.setattr(compare, name, lambda options: (seen.append(options), iter([fields]))[1])
+        monkeypatch.setattr(compare, name, lambda options, suite=None: (seen.append(options), iter([fields]))[1])
     out = tmp_path / "out.json"
     words = ["PRESETS=sixteen,baseline", "SEEDS=4,7", "SECONDS=30", "EVAL=sliding", "MATRIX_LR=0.1", "OVERLAY="]
     assert bench.main(["presets", *words, "--json", str(out)]) == 0

@@ -14,15 +14,17 @@ it names.
     ./run.sh bench presets                    systems trained and scored on equal bytes, seconds, documents and seeds
     ./run.sh bench parts                      a preset against changes of it ("ROW=name: A=1 B=2"), the same way
     ./run.sh bench crawler                    the crawler's passes, instructions and memory, and other mixers, likewise
+    ./run.sh bench ternary                    a ternary block's updates, CAGS, scales, formats and passes, likewise
     ./run.sh bench speed                      a preset's step, kernels and optimizer against the peaks of this machine
 
 Without a folder it is the newest finished one in runs/ that was trained without QAT; `schedule` then has an untrained
-model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets`, `parts` and `crawler` keep theirs in
-records/ where no FILE is named. `formats`, `fit`, `ngram`, `presets`, `parts`, `crawler` and `speed` hand settings of
-train_gpt.py on. `presets`, `parts` and `crawler` (tools/compare.py) keep their runs in runs/compare and go on where
-they were stopped. `speed` (tools/speed.py) needs no data; it takes settings from the environment too, as training does.
-Seconds of all but `formats`, `fit` and these four are the processor's, on one thread (lanes with THREADS; on a GPU they
-are the clock's), of `gptq` and `codec` medians; the spread is that from fastest to slowest over the median. Options:
+model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets`, `parts`, `crawler` and `ternary` keep
+theirs in records/ where no FILE is named. `formats`, `fit`, `ngram`, `speed` and the comparisons, `presets`, `parts`,
+`crawler` and `ternary`, hand settings of train_gpt.py on. Comparisons (tools/compare.py) keep their runs in
+runs/compare and go on where they were stopped. `speed` (tools/speed.py) needs no data; it takes settings from the
+environment too, as training does. Seconds of all but `formats`, `fit`, `speed` and the comparisons are the processor's,
+on one thread (lanes with THREADS; on a GPU they are the clock's), of `gptq` and `codec` medians; the spread is that
+from fastest to slowest over the median. Options:
 
 """
 
@@ -993,6 +995,22 @@ TERMS = {  # of a paired comparison
     "BYTES": count_option(1_000_000, "of code and model, which set the shape"),
     "FIT_BITS": Option(3.75, float, lambda bits: 0 < bits <= 32, "a number above 0 and at most 32",
                        "bits a weight that the shape is made for where FIT chooses the steps")}
+
+
+def suite_command(name: str, suite: compare.Suite) -> Command:
+    """The command of rows that belong together."""
+    return Command(lambda _, options: itertools.starmap(Table, compare.parts(options, suite=suite)), 0, {
+        "BASE": Option(suite.base, str, gpt.PRESETS.__contains__, f"one of {', '.join(gpt.PRESETS)}",
+                       "what is changed"),
+        "ROWS": names_option(suite.rows, "rows, also as patterns")._replace(default=[]),
+        "ROW": Option([], compare.read_row, bool, "NAME: SETTING=value ...", "a row of your own, once for each", True),
+        "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous"]),
+        **TERMS, "SECONDS": count_option(suite.seconds, "of training"),
+        "BYTES": count_option(suite.size, "of code and model, which set the shape"),
+        "MINUTES": count_option(suite.minutes, "in which the last run ends; the same command goes on")},
+        gpt.SETTINGS, (), f"compare_{name}.json")
+
+
 SHARE_RULE = (lambda values: all(0 < value <= 1 for value in values), "above 0 and at most 1")
 COMMANDS = {
     "gptq": Command(bench_gptq, 0, {"REPEATS": count_option(20, "draws, and repetitions of what is timed")}),
@@ -1032,23 +1050,7 @@ COMMANDS = {
         "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous", "sliding", "ttt"]),
         **TERMS, "MINUTES": count_option(75, "in which the last run ends; the same command goes on")},
         gpt.SETTINGS, (), "compare_presets.json"),
-    "parts": Command(lambda _, options: itertools.starmap(Table, compare.parts(options)), 0, {
-        "BASE": Option(USUAL, str, gpt.PRESETS.__contains__, f"one of {', '.join(gpt.PRESETS)}", "what is changed"),
-        "ROWS": names_option(compare.ROWS, "rows, also as patterns")._replace(default=[]),
-        "ROW": Option([], compare.read_row, bool, "NAME: SETTING=value ...", "a row of your own, once for each", True),
-        "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous"]),
-        **TERMS, "MINUTES": count_option(600, "in which the last run ends; the same command goes on")},
-        gpt.SETTINGS, (), "compare_parts.json"),
-    "crawler": Command(lambda _, options: itertools.starmap(Table, compare.parts(
-        options, suite=compare.SUITES["crawler"])), 0, {
-        "BASE": Option("clowncar", str, gpt.PRESETS.__contains__, f"one of {', '.join(gpt.PRESETS)}",
-                       "what is changed"),
-        "ROWS": names_option(compare.CRAWLER_ROWS, "rows, also as patterns")._replace(default=[]),
-        "ROW": Option([], compare.read_row, bool, "NAME: SETTING=value ...", "a row of your own, once for each", True),
-        "EVAL": names_option(gpt.EVALUATORS, "evaluators")._replace(default=["contiguous"]),
-        **TERMS, "SECONDS": count_option(40, "of training"),
-        "MINUTES": count_option(120, "in which the last run ends; the same command goes on")},
-        gpt.SETTINGS, (), "compare_crawler.json"),
+    **{name: suite_command(name, suite) for name, suite in compare.SUITES.items()},
     "speed": Command(lambda _, options: itertools.starmap(Table, speed.tables(options)), 0, {
         "PARTS": names_option(speed.PARTS, "tables beside the ceilings"),
         "COMPILED": Option("", str, lambda text: text in ("0", "1", "both"), "0, 1 or both",

@@ -1,9 +1,9 @@
 """Paired comparison: variants trained on equal seconds, data and seeds, and what their differences say.
 
 `./run.sh bench presets` compares systems whose shapes one rule makes equal in artifact bytes; `./run.sh bench parts`
-compares a system with changes of it, rows of ROWS or of your own; `./run.sh bench crawler` does so with the crawler,
-its loops and what could stand in attention's place, rows of CRAWLER_ROWS. tools/bench.py has their options and prints
-their tables.
+compares a system with changes of it, rows of ROWS or of your own. So do `./run.sh bench crawler` with the crawler, its
+loops and what could stand in attention's place, rows of CRAWLER_ROWS, and `./run.sh bench ternary` with one ternary
+block, its squeeze and its optimizers, rows of TERNARY_ROWS. tools/bench.py has their options and prints their tables.
 
 A variant is words for train_gpt.py. Runs are launches of ./run.sh, as a user's are, and go seed by seed through all
 variants: what drifts on a shared machine then meets all of them, and the differences are taken within a seed. A run is
@@ -101,6 +101,37 @@ CRAWLER_ROWS: dict[str, list[str]] = {
        (("delta", "D"), ("gated-delta", "G"), ("mlstm", "X"), ("titans", "T"))},
 }
 OWN_SHAPE = frozenset({"flat", "delta", "gated-delta", "mlstm", "titans"})
+
+# Rows of `ternary`, changes of a ternary block with the placed form of CAGS and the rate term: these, the update, scale
+# and threshold, other formats of a bit or two, what tells places apart, and passes. The rates are the best of a sweep
+# on one seed (records/LOG.md).
+PLAIN = ["CAGS=none", "RATE_TERM=0"]
+TERNARY_ROWS: dict[str, list[str]] = {
+    "again": [],
+    "plain": PLAIN,
+    "cags-published": ["CAGS=published", "RATE_TERM=0"],
+    "cags-placed": ["RATE_TERM=0"],
+    "rate-term": ["CAGS=none"],
+    "rate-term-4": ["CAGS=none", "RATE_TERM=4"],
+    "adamw": ["MATRIX_OPTIMIZER=adamw", "MATRIX_LR=0.004"],
+    "fro": ["MATRIX_OPTIMIZER=fro", "MATRIX_LR=0.004"],
+    "fro2": ["MATRIX_OPTIMIZER=fro2", "FRO_ALPHA=0.3", "FRO_GAMMA=1"],
+    "mezo": ["MATRIX_OPTIMIZER=mezo", "OTHER_OPTIMIZER=mezo", "MATRIX_LR=0.1", "TIED_EMBED_LR=0.1", "SCALAR_LR=0.01"],
+    "rms": ["TERNARY_SCALE=rms"],
+    "nonzero": ["TERNARY_SCALE=nonzero"],
+    "threshold": ["TERNARY_SCALE=nonzero", "TERNARY_TAU=0.767"],
+    "binary": ["MATRIX_FORMAT=binary", *PLAIN],
+    "sherry": ["MATRIX_FORMAT=sherry", *PLAIN],
+    "low-rank": ["HGF_RANK=8"],
+    "radial": ["POSITIONS=radial"],
+    "radial-smooth": ["POSITIONS=radial_smooth"],
+    "rotary": ["POSITIONS=none", "ROPE_DIMS=0"],
+    "passes-31": ["STACK=(A)*31"],
+    "passes-2": ["STACK=(A)*2"],
+    "distinct-8": ["STACK=A8", "PASS_DROP=0"],
+    "distinct-2": ["STACK=A2", "PASS_DROP=0"],
+}
+TERNARY_OWN_SHAPE = frozenset({"binary", "sherry", "low-rank", "distinct-8", "distinct-2"})
 
 
 # ---- statistics
@@ -510,22 +541,45 @@ def read_row(text: str) -> list[tuple[str, list[str]]]:
     return [(name.strip(), changed)]
 
 
-class Suite(NamedTuple):
-    """Rows that belong together, which of them find a shape of their own by the rule, and words for all of them."""
-    rows: dict[str, list[str]]
-    own_shape: frozenset[str] = frozenset()
-    words: tuple[str, ...] = ()
-
-
-SUITES = {"parts": Suite(ROWS), "crawler": Suite(CRAWLER_ROWS, OWN_SHAPE, ("GPTQ_CALIBRATION_BATCHES=4",))}
-
-
 def squeeze_gap(result: dict[str, Any]) -> float:
     """What the squeeze costs: contiguous bits per byte of the artifact minus those of the float weights; NaN without
     them."""
     scores = result["scores"]
     return scores["contiguous"]["val_bpb"] - scores["float"]["val_bpb"] if {"contiguous", "float"} <= {*scores} else (
         math.nan)
+
+
+def trit_fact(kind: str) -> Callable[[dict[str, Any]], float]:
+    """What a run says of its trits at its end; NaN where it has none."""
+    return lambda result: result["train"].get("trits", {}).get(kind, math.nan)
+
+
+class Suite(NamedTuple):
+    """Rows that belong together, and what they are by themselves: which of them find a shape of their own by the rule,
+    the base, words for all of them, seconds and bytes, more facts of a run, and rows whose runs are squeezed again, by
+    words under a name."""
+    rows: dict[str, list[str]]
+    own_shape: frozenset[str] = frozenset()
+    base: str = gpt.SETTINGS["PRESET"][1].default
+    words: tuple[str, ...] = ()
+    seconds: int = 150
+    size: int = 1_000_000
+    minutes: int = 600
+    facts: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {}
+    squeezed: tuple[str, ...] = ()
+    squeezes: dict[str, list[str]] = {}
+
+
+SUITES = {
+    "parts": Suite(ROWS),
+    "crawler": Suite(CRAWLER_ROWS, OWN_SHAPE, "clowncar", ("GPTQ_CALIBRATION_BATCHES=4",), 40, minutes=120,
+                     facts={"squeeze": ("+.4f", squeeze_gap)},
+                     squeezed=("one-pass", "two-passes", "base", "eight-passes", "noise", "straight-through"),
+                     squeezes={f"int{bits}": [f"MATRIX_BITS={bits}", "POLICY="] for bits in (5, 4, 3)}),
+    "ternary": Suite(TERNARY_ROWS, TERNARY_OWN_SHAPE, "jamone",
+                     ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024", "TRAIN_LOG_EVERY=20"), 30, 250_000, 120,
+                     {"bits a trit": (".3f", trit_fact("bits")), "zeros": (".3f", trit_fact("zeros"))}),
+}
 
 
 def parts(options: Mapping[str, Any], lab: Lab = LAB, suite: Suite = SUITES["parts"]) -> Iterator[Fields]:
@@ -551,7 +605,7 @@ def parts(options: Mapping[str, Any], lab: Lab = LAB, suite: Suite = SUITES["par
     course = run_all(variants, seeds, options["MINUTES"], source, lab)
     yield run_fields(course, variants, kinds, seeds, f"Runs of parts of {preset}: bits per byte, {options['SECONDS']} "
                     "seconds of training, the same documents and seeds", remarks(course, options, variants))
-    lines, facts = [], {"squeeze": ("+.4f", squeeze_gap), **FACTS}
+    lines, facts = [], {**suite.facts, **FACTS}
     for variant in variants:
         mine = [result for (name, _), result in course.results.items() if name == variant.name]
         found = [paired(course.values(variant.name, kind), course.values("base", kind)) for kind in kinds]
@@ -561,7 +615,7 @@ def parts(options: Mapping[str, Any], lab: Lab = LAB, suite: Suite = SUITES["par
             cells.append(statistics.fmean(values.values()) if values else None)
             cells += [None, None, "base"] if variant is base else [
                 difference.mean, difference.half, difference.verdict]
-        cells += [statistics.fmean(map(read, mine)) if mine else None for _, read in facts.values()]
+        cells += [known_mean(map(read, mine)) for _, read in facts.values()]
         changed = " ".join(words) if (words := dict(rows).get(variant.name)) else ""
         key = 0.0 if variant is base else math.inf if found[0].mean is None else found[0].mean
         lines.append((key, [*cells, len(mine), changed]))
@@ -571,7 +625,63 @@ def parts(options: Mapping[str, Any], lab: Lab = LAB, suite: Suite = SUITES["par
     yield (f"Parts of {preset}: bits per byte, difference to the base", {
         **columns, **{name: form for name, (form, _) in facts.items()}, "seeds": "d", "changed": ""},
         [cells for _, cells in sorted(lines, key=lambda line: line[0])], INTERVALS)
+    if chosen := [variant for variant in variants if variant.name in suite.squeezed]:
+        yield squeezed_fields(course, chosen, seeds, suite, options["MINUTES"], lab)
     close(course)
+
+
+def known_mean(values: Iterable[float]) -> float | None:
+    """The mean; None where there are no values or one is not a number."""
+    values = list(values)
+    return statistics.fmean(values) if values and not any(map(math.isnan, values)) else None
+
+
+def squeezed_fields(course: Course, variants: list[Variant], seeds: list[int], suite: Suite, minutes: float, lab: Lab
+                    ) -> Fields:
+    """What coarser squeezes of the same trained weights cost; what could not be run is added to the course's faults."""
+    began, rows = lab.clock() - 60 * course.minutes, []
+    for variant in variants:
+        cells: list[Any] = [variant.name]
+        for label, words in suite.squeezes.items():
+            gaps = {}
+            for seed in seeds:
+                if (trained := course.results.get((variant.name, seed))) is None:
+                    continue
+                folder = variant.folder / f"{variant.place(seed).name}_{label}"
+                job = [f"FROM={variant.place(seed)}", "STAGES=calibrate,write,reload,evaluate", *words,
+                       "EVAL=contiguous", "EVAL_BUDGET_SECONDS=0", f"RUNS_PATH={variant.folder}",
+                       f"RUN_ID={folder.name}"]
+                found = squeezed(folder, job, lab)
+                if not found and lab.clock() - began > 60 * minutes:
+                    course.faults.append(f"MINUTES={minutes:g}: {folder.name} is left; the same command goes on")
+                    continue
+                if not found:
+                    print(f"squeezing {folder.name}", file=sys.stderr, flush=True)
+                    lines = lab.launch(job, variant.folder / f"{folder.name}.out")
+                    found = squeezed(folder, job, lab)
+                    if not found:
+                        course.faults.extend([f"{folder.name}: {(lines or ['no whole result.json'])[0]}", *lines[1:]])
+                        continue
+                gaps[seed] = found["scores"]["contiguous"]["val_bpb"] - trained["scores"]["float"]["val_bpb"]
+            gap = interval(gaps.values())
+            cells += [gap.mean, gap.half]
+        rows.append(cells)
+    columns = {"row": ""}
+    for label in suite.squeezes:
+        columns |= {label: "+.4f", f"{label} +-": ".4f"}
+    return ("The same weights, squeezed further: bits per byte over those of the float weights", columns, rows,
+            "95 % t-intervals over seeds; " + "; ".join(f"{label} is {' '.join(words)}"
+                                                        for label, words in suite.squeezes.items()))
+
+
+def squeezed(folder: Path, job: list[str], lab: Lab) -> dict[str, Any]:
+    """result.json of a squeeze that is finished with these settings, else {}."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    same = result.get("config_hash") == gpt.load_config(job, lab.env).digest()
+    return result if same and "contiguous" in result.get("scores", {}) else {}
 
 
 def close(course: Course) -> None:
