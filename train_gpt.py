@@ -5410,6 +5410,7 @@ class Trainer:
         self.routes = {name: routes[name] for name in qat_parts(model, config.artifact)}
         self.trit_routes = {name: route for name, route in routes.items() if route.format == "ternary"}
         self.trits: dict[str, Tensor] = {}
+        self.told: tuple[int, dict[str, float]] = (-1, {})
         self.short = plan_phase(model.settings, 0.0, 1) if cadences(config.train) != {1} else None
         self.micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
         if self.micros % world.size:
@@ -5795,10 +5796,10 @@ class Trainer:
         """Of all ternary weights: the share of zeros, the entropy in bits of a trit by itself, and the share that has
         changed since this was last told (0 at first)."""
         own = dict(self.model.named_parameters())
+        if not self.trit_routes or self.told[0] == self.step:
+            return self.told[1]
         codes = {name: FORMATS[route.format].encode(own[name].detach(), route).codes
                  for name, route in self.trit_routes.items()}
-        if not codes:
-            return {}
         count = sum(map(torch.numel, codes.values()))
         shares = [float(sum((part == trit).sum() for part in codes.values())) / count for trit in (-1, 0, 1)]
         moved = sum((part != self.trits[name]).sum() for name, part in codes.items()) if self.trits else 0
@@ -5810,6 +5811,7 @@ class Trainer:
         if self.board is not None:
             for tag, value in told.items():
                 self.board.add_scalar(f"trits/{tag}", value, self.step)
+        self.told = self.step, told
         return told
 
     def save(self, finished: bool) -> None:
@@ -8783,11 +8785,12 @@ def load_calibration(run: Run) -> Calibration | None:
 
 class Built(NamedTuple):
     """One model as it would be written: its bytes, what every tensor took, the output errors of matrices with several
-    visits, and the hash of the weights that a reader must get."""
+    visits, the hash of the weights that a reader must get, and the codes of ternary weights."""
     data: bytes
     entries: list[Entry]
     visits: dict[str, dict[str, float]]
     digest: str
+    trits: list[np.ndarray]
 
 
 class Squeeze:
@@ -8825,7 +8828,9 @@ class Squeeze:
             visits = {name: row.visits for name, row in solved.items() if len(row.visits) > 1}
             size = len(data)
             self.built[size] = Built(data, [self.entry(name, row, spent) for name, row in solved.items()], visits,
-                                     weights_digest({name: row.decoded for name, row in solved.items()}))
+                                     weights_digest({name: row.decoded for name, row in solved.items()}),
+                                     [row.stored.coded.codes.numpy() for row in solved.values()
+                                      if row.stored.route.format == "ternary"])
         return self.run.world.same(size)
 
     def entry(self, name: str, row: Solved, spent: Mapping[str, tuple[str, float, float]]) -> Entry:
@@ -8872,6 +8877,19 @@ def squeeze_table(entries: list[Entry]) -> list[str]:
     return lines
 
 
+def trit_bits(trits: list[np.ndarray], entries: list[Entry]) -> dict[str, float]:
+    """Bits a ternary weight, scales apart: in the file; the zeroth-order entropy, which a coder that looks around can
+    go below, and its share of the file's (Shannon efficiency); five a byte, and these through zlib. {} without any."""
+    count = sum(map(np.size, trits))
+    if not count:
+        return {}
+    packed = base3_pack([codes.reshape(len(codes), -1) for codes in trits], -1, 1)
+    coded = 8 * sum(row.bytes - row.scale_bytes for row in entries if row.format == "ternary") / count
+    entropy = entropy_bits(np.concatenate([codes.ravel() for codes in trits])) / count
+    return {"coded": coded, "entropy": entropy, "efficiency": entropy / coded, "base3": 8 * len(packed) / count,
+            "base3_zlib": 8 * len(zlib.compress(packed, 9)) / count}
+
+
 def stage_write(run: Run) -> None:
     """Squeeze the exported weights of checkpoint.pt into artifact.bin. All ranks solve; rank 0 codes and writes."""
     # Known at once in a packed file; what a readable one takes to pack itself for the count is no work of the run's.
@@ -8887,13 +8905,18 @@ def stage_write(run: Run) -> None:
     fit = squeeze.fit(settings.target_bytes - code) if settings.fit else Fit(0.0, squeeze.build(None), 1, "FIT=0")
     if not run.world.first:
         return
-    data, entries, visits, digest = squeeze.built[fit.size]
+    data, entries, visits, digest, trits = squeeze.built[fit.size]
     save_artifact(run.folder / "artifact.bin", data)
     for entry in entries:
         run.log.event("tensor", **{key: None if value != value else value for key, value in entry._asdict().items()},
                       visits=visits.get(entry.name))
     for line in squeeze_table(entries):
         run.log.line(line)
+    told = trit_bits(trits, entries)
+    if told:
+        run.log.line("bits a trit: in the file {coded:.4f}, entropy by itself {entropy:.4f} (efficiency "
+                     "{efficiency:.4f}), five a byte {base3:.4f}, that with zlib {base3_zlib:.4f}; at most log2 3 = "
+                     "1.5850. They are bits a weight, not bits a byte of text".format(**told))
     for name, errors in visits.items():
         run.log.line(f"visits of {name}: output error "
                      + " ".join(f"{site} {error:.5f}" for site, error in errors.items()))
@@ -8912,6 +8935,7 @@ def stage_write(run: Run) -> None:
                        "bits_per_weight": 8 * len(data) / sum(entry.weights for entry in entries),
                        "scale_bytes": round(sum(entry.scale_bytes for entry in entries)),
                        "cost_nats": sum(entry.cost for entry in entries if entry.cost == entry.cost),
+                       **({"bits_per_trit": told} if told else {}),
                        "fit_passes": fit.passes if settings.fit else 0, "step_factor": math.exp(fit.log_factor),
                        "forecast_bytes": round(forecast) + code, "packed": bool(BAKED),
                        "write_seconds": run.clock() - began})

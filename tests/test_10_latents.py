@@ -185,6 +185,12 @@ def test_gradients_reach_ternary_weights_and_the_rate_term_sets_the_size(mini, t
         assert told["zeros"] == pytest.approx(float((trits == 0).mean()), abs=1e-6)
         assert told["bits"] == pytest.approx(entropy_bits(trits) / len(trits), abs=1e-3)
         sizes.append(result["artifact"]["model_bytes"])
+        bits = result["artifact"]["bits_per_trit"]
+        assert bits["entropy"] == pytest.approx(told["bits"], abs=1e-3)
+        assert bits["base3"] == pytest.approx(1.6, abs=0.01)
+        # On a hundred weights a row the coder's tables weigh; it never takes much more than the entropy promises.
+        assert 0.8 < bits["efficiency"] < 1.1 and bits["coded"] < 1.7 and bits["base3_zlib"] < 1.75
+        assert "bits a trit: in the file" in (folder / "train.log").read_text()
         zeros.append(told["zeros"])
         lines = events(folder, "trits")
         assert [line["step"] for line in lines] == [8, 16, 24] and lines[0]["churn"] == 0 < lines[1]["churn"] < 1
