@@ -131,6 +131,8 @@ class RunSettings:
     pack: bool = setting(True, "pack the script and run the packed file; 0 runs the readable file and records it",
                          scope="run")
     tools_path: str = setting("./tools", "folder with the packer, the pictures and the yardsticks", scope="run")
+    sign_key: str = setting("", "file of an Ed25519 key that signs the run's receipt; one is made where there is none",
+                            scope="run")
     tensorboard: bool = setting(True, "write live curves for TensorBoard into the run folder", scope="run")
 
 
@@ -295,6 +297,10 @@ class TrainSettings:
     crawler_cadence_late: int = setting(1, "the same below", low=0)
     pass_drop: float = setting(0.0, "chance that a pass of a ( ) group is left out of a micro-batch in training",
                                low=0.0, high=0.9)
+    reference_run: str = setting("", "finished run folder; the run ends where at 25, 50 or 75 % its loss is more than "
+                                 "REFERENCE_MARGIN above that run's", scope="run")
+    reference_margin: float = setting(0.02, "of the training loss, over a twentieth of training", unit="nats", low=0.0,
+                                      scope="run")
     z_loss: float = setting(0.0, "weight of the mean squared log-sum of the logits in training; no score holds it",
                             low=0.0)
     complement_alpha: float = setting(0.0, "the loss of a target falls with the share that earlier training pairs gave "
@@ -1440,18 +1446,32 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=False) + "\n").encode())
 
 
+CHAIN = re.compile(r', "chain": "([0-9a-f]{64})"\}$')
+
+
+def link(chain: str, body: str) -> str:
+    """The chain behind an event, from that before it and the event's text without one."""
+    return hashlib.sha256((chain + body).encode()).hexdigest()
+
+
 class Log:
-    """train.log for people and events.jsonl for tools, opened once, on rank 0; other ranks have a silent one."""
+    """train.log for people and events.jsonl for tools, opened once, on rank 0; other ranks have a silent one. Every
+    event holds a hash of itself and of what came before, so that a line that is edited, dropped or moved shows."""
 
     def __init__(self, folder: Path | None, clock: Callable[[], float]) -> None:
         self.clock, self.start = clock, clock()
         self.bar: Any = None
         self.text = self.events = None
+        self.chain, self.lock = "", threading.Lock()  # checkpoints are logged by the thread that writes them
         if folder is not None:
             self.text = open(folder / "train.log", "a", encoding="utf-8", buffering=1)
             self.events = open(folder / "events.jsonl", "a", encoding="utf-8", buffering=1)
-            if self.events.tell() and (folder / "events.jsonl").read_bytes()[-1:] != b"\n":
-                self.events.write("\n")
+            if self.events.tell():
+                before = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
+                # What a kill cut short stays a line of its own, outside the chain.
+                self.events.write("" if before.endswith("\n") else "\n")
+                chained = (found[1] for line in reversed(before.splitlines()) if (found := CHAIN.search(line)))
+                self.chain = next(chained, "")
 
     def line(self, text: str = "") -> None:
         """One line or several to the terminal and to train.log."""
@@ -1465,7 +1485,10 @@ class Log:
     def event(self, name: str, /, **values: Any) -> None:
         """One line of events.jsonl: the event's name, seconds since this process started, and the values."""
         if self.events is not None:
-            self.events.write(json.dumps({"event": name, "t": round(self.clock() - self.start, 3), **values}) + "\n")
+            body = json.dumps({"event": name, "t": round(self.clock() - self.start, 3), **values})
+            with self.lock:
+                self.chain = link(self.chain, body)
+                self.events.write(f'{body[:-1]}, "chain": "{self.chain}"}}\n')
 
     def close(self) -> None:
         """Close both files."""
@@ -5269,6 +5292,32 @@ class Coverage:
                 raise CheckError(f"parameter {name}: its gradient was exactly zero in its first {self.STEPS} steps")
 
 
+REFERENCE_MARKS, REFERENCE_SHARE = (0.25, 0.5, 0.75), 0.05
+
+
+def reference_losses(folder: str) -> list[tuple[float, float]]:
+    """(fraction of training, mean training loss over the REFERENCE_SHARE before it) of a finished run at each mark;
+    ConfigError where its events do not say."""
+    found: list[tuple[float, float]] = []
+    try:
+        for line in (Path(folder) / "events.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line) if '"event": "step"' in line else {}
+            found += [(event["frac"], event["train_loss"])] if "frac" in event else []
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"REFERENCE_RUN={folder}: must be a run folder with a whole events.jsonl ({error})") from None
+    means = [(mark, mean_loss(found, mark)) for mark in REFERENCE_MARKS]
+    if any(map(math.isnan, dict(means).values())):
+        raise ConfigError(f"REFERENCE_RUN={folder}: its events.jsonl has no steps around "
+                          f"{', '.join(f'{mark:.0%}' for mark, loss in means if math.isnan(loss))} of training")
+    return means
+
+
+def mean_loss(losses: Iterable[tuple[float, float]], mark: float) -> float:
+    """Mean over the REFERENCE_SHARE of training before a mark, from (fraction, loss) of steps; NaN without any."""
+    near = [loss for frac, loss in losses if mark - REFERENCE_SHARE <= frac < mark]
+    return statistics.fmean(near) if near else math.nan
+
+
 class Mezo:
     """Training without backward passes: the loss on both sides of the weights along one random direction gives the
     slope there, and the step follows it. What was found, 16 bytes a step, goes to replay.bin, which rebuilds the
@@ -5392,9 +5441,11 @@ class Trainer:
         self.batches = Batches(data.train, config.data, config.train, config.run.seed, model.packed)
         self.prefetch, self.scale = Prefetch(self.batches, world), LossScale(model.dtype)
         self.length, self.changed_at = length_at(config.train, 0.0), -config.train.seq_change_warmup_steps
-        # Steps that may still be computed: (step, loss and gradient norm, rate factor, event). A GPU may be that far
-        # behind; the host never waits for more than the oldest.
-        self.flying: list[tuple[int, Tensor, float, Any]] = []
+        # Steps that may still be computed: (step, loss and gradient norm, rate factor, fraction, event). A GPU may be
+        # that far behind; the host never waits for more than the oldest.
+        self.flying: list[tuple[int, Tensor, float, float, Any]] = []
+        self.reference = reference_losses(config.train.reference_run) if config.train.reference_run else []
+        self.recent: list[tuple[float, float]] = []  # (fraction, loss) of steps, where there is a reference
         self.depth = 2 if world.device.type == "cuda" and not self.scale.on else 0
         self.replayed = config.system.cuda_graphs
         if self.replayed and not (compiled and world.device.type == "cuda"):
@@ -5707,7 +5758,7 @@ class Trainer:
         told.copy_(torch.stack((loss, norm)), non_blocking=True)
         if mark is not None:
             mark.record()
-        self.flying.append((self.step, told, factor, mark))
+        self.flying.append((self.step, told, factor, progress.frac, mark))
         self.land(self.depth)
 
     def usable(self, step: int, loss: float, norm: float) -> bool:
@@ -5725,7 +5776,7 @@ class Trainer:
     def land(self, flying: int) -> None:
         """Log the steps that are done, until at most `flying` are left in the air."""
         while len(self.flying) > flying:
-            step, told, factor, mark = self.flying.pop(0)
+            step, told, factor, frac, mark = self.flying.pop(0)
             if mark is not None:
                 mark.synchronize()
             found, size = told.tolist()
@@ -5736,7 +5787,9 @@ class Trainer:
             self.landed_at = seconds
             tokens = step * self.config.train.train_batch_tokens
             self.log.event("step", step=step, train_loss=found, lr_factor=factor, train_seconds=seconds, tokens=tokens,
-                           grad_norm=size)
+                           grad_norm=size, frac=round(frac, 5))
+            if self.reference:
+                self.recent.append((frac, found))
             if step % self.config.train.train_log_every == 0 or step <= 3:
                 self.log.line(f"step:{step}/{self.config.train.iterations} train_loss:{found:.4f} "
                               f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds * 1000 / step:.2f}ms")
@@ -5840,6 +5893,22 @@ class Trainer:
         save_checkpoint(self.folder / "checkpoint.pt", held)
         self.log.event("checkpoint", step=held.step)
 
+    def meet_reference(self, frac: float) -> None:
+        """CheckError, once the checkpoint is written, where the run is hopeless beside its reference."""
+        while self.reference and self.reference[0][0] <= frac:
+            (mark, wanted), margin = self.reference.pop(0), self.config.train.reference_margin
+            found = mean_loss(self.recent, mark)
+            if math.isnan(found):  # resumed beyond it
+                continue
+            self.log.line(f"step:{self.step} at {mark:.0%} train_loss:{found:.4f} reference:{wanted:.4f}")
+            if found > wanted + margin:
+                self.save(finished=False)
+                if self.saving is not None:
+                    self.saving.result()
+                raise CheckError(f"REFERENCE_RUN={self.config.train.reference_run}: at {mark:.0%} of training the loss "
+                                 f"is {found:.4f}, more than REFERENCE_MARGIN={margin:g} above its {wanted:.4f}; "
+                                 "stopped, the same RUN_ID without REFERENCE_RUN goes on")
+
     def must_stop(self, progress: Progress) -> bool:
         """True when the steps are done, or one more step as slow as the slowest of late would not fit the budget."""
         return self.step >= self.config.train.iterations or (
@@ -5890,6 +5959,7 @@ class Trainer:
     def _loop(self) -> None:
         settings = self.config.train
         while not self.must_stop(progress := self.progress()):
+            self.meet_reference(progress.frac)
             if settings.val_loss_every and self.step and self.step % settings.val_loss_every == 0:
                 self.validate(progress.frac)
             self.one_step(progress)
@@ -9080,13 +9150,18 @@ def stage_evaluate(run: Run) -> None:
         raise CheckError(f"AUDIT=1: {', '.join(broken)}: see the lines above and audit in result.json")
 
 
-def _tool(run: Run, name: str) -> str | None:
+def result_digest(result: Mapping[str, Any]) -> str:
+    """sha256 of the content of a result.json, however it is written."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _tool(run: Run, name: str, *words: str) -> str | None:
     """Output of tools/<name> on the run folder; None, with a line that says so, where the tool is absent or fails."""
     path = Path(run.config.run.tools_path) / name
     if not path.exists():
         run.log.line(f"report: {path} is not there, so its part is missing")
         return None
-    done = subprocess.run([sys.executable, str(path), str(run.folder)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(path), str(run.folder), *words], capture_output=True, text=True)
     if done.returncode:
         run.log.line(f"report: {path} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
         return None
@@ -9125,6 +9200,8 @@ def stage_report(run: Run) -> None:
              budget={"train_seconds": spent[0], "strict_train_seconds": strict, "eval_seconds": evaluation, "ok": ok,
                      "strict_ok": not limits[0] or strict <= limits[0]})
     run.keep(alarms=find_alarms(run.result, config.data.vocab_size) if "scores" in run.result else [])
+    run.log.event("result", artifact_sha256=artifact.get("sha256"), result_sha256=result_digest(run.result))
+    _tool(run, "receipt.py", *([config.run.sign_key] if config.run.sign_key else []))
     picture = _tool(run, "plot.py")
     for line in final_table(run.result, config):
         run.log.line(line)
@@ -9314,6 +9391,8 @@ def run_stages(config: Config, env: Mapping[str, str]) -> None:
         if odd := [rank for rank, facts in enumerate(same) if facts != same[0]]:
             raise ConfigError(f"WORLD_SIZE={world.size}: rank {odd[0]} has other settings, another script or other "
                               "data than rank 0")
+        run.log.event("began", seed=config.run.seed, config_hash=config.digest(), code_sha256=sha256_file(__file__),
+                      manifest_sha256=run.data().manifest_sha256, **provenance())
         for stage in config.run.stages:
             STAGES[stage](run)
             world.barrier()

@@ -35,7 +35,8 @@ def test_log_writes_both_files_only_where_it_has_a_folder(tmp_path, capsys):
     log.event("step", step=3, name="x")
     log.close()
     assert (tmp_path / "train.log").read_text() == "hello\n" == capsys.readouterr().out
-    assert json.loads((tmp_path / "events.jsonl").read_text()) == {"event": "step", "t": 1.0, "step": 3, "name": "x"}
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert len(event.pop("chain")) == 64 and event == {"event": "step", "t": 1.0, "step": 3, "name": "x"}
     Log(None, lambda: 0.0).line("silent")
     assert capsys.readouterr().out == ""
 
