@@ -9,7 +9,7 @@ usage: ./run.sh [NAME=value ...]             train, write the artifact, score it
        ./run.sh test [PYTEST ARGUMENT ...]   lint and tests
        ./run.sh bench gptq|codec|formats|fit|schedule|ttt|ngram [RUN_FOLDER] [NAME=value ...]
                                              benchmarks; bench --help says more
-       ./run.sh bench presets|parts [NAME=value ...]
+       ./run.sh bench presets|parts|crawler|ternary [NAME=value ...]
                                              systems, or changes of one, trained on equal terms and compared in pairs
        ./run.sh bench speed [NAME=value ...] step time, kernels and optimizer of a preset against this machine's peaks
        ./run.sh setup                        only make .venv and install requirements.txt

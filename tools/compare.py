@@ -113,7 +113,7 @@ TERNARY_ROWS: dict[str, list[str]] = {
     "cags-placed": ["RATE_TERM=0"],
     "rate-term": ["CAGS=none"],
     "rate-term-4": ["CAGS=none", "RATE_TERM=4"],
-    "adamw": ["MATRIX_OPTIMIZER=adamw", "MATRIX_LR=0.004"],
+    "adamw": ["MATRIX_OPTIMIZER=adamw", "MATRIX_LR=0.0015"],
     "fro": ["MATRIX_OPTIMIZER=fro", "MATRIX_LR=0.004"],
     "fro2": ["MATRIX_OPTIMIZER=fro2", "FRO_ALPHA=0.3", "FRO_GAMMA=1"],
     "mezo": ["MATRIX_OPTIMIZER=mezo", "OTHER_OPTIMIZER=mezo", "MATRIX_LR=0.1", "TIED_EMBED_LR=0.1", "SCALAR_LR=0.01"],
