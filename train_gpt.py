@@ -1081,7 +1081,8 @@ PRESETS: dict[str, Preset] = {
          "GROUP_SIZE": 128, "EMBED_BITS": 6, "EMBED_CLIP_SIGMAS": 12.85, "QAT_START": 0.0, "CAGS": "placed",
          "RATE_TERM": 1.0, "MATRIX_LR": 0.02, "TIED_EMBED_LR": 0.01, "SCALAR_LR": 0.01, "GRAD_CLIP_NORM": 1.0,
          "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.5, "CODEC": "context,range,brotli"},
-        {"tiny": {"STACK": "(A)*8", "MATRIX_LR": 0.05, "MUON_MOMENTUM_WARMUP_STEPS": 100, "POSITION_ROWS": 256, "NUM_KV_HEADS": 3}},
+        {"tiny": {"STACK": "(A)*8", "MATRIX_LR": 0.05, "MUON_MOMENTUM_WARMUP_STEPS": 100, "POSITION_ROWS": 256,
+                  "NUM_KV_HEADS": 3}},
         4_200_450, ((4_608, "biases of matrices"), (1_538, "gains of three norms, and of two ternary matrices"),
                     (-2_568, "our gains: mix with the embedding, branches, queries, norm behind the block"))),
     "radial": Preset(

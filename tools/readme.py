@@ -164,10 +164,11 @@ def jamone_run() -> str:
     if not JAMONE.exists():
         return "no trained run yet"
     result = json.loads(JAMONE.read_text())
-    told, artifact = result["train"]["trits"], result["artifact"]
-    return (f"a trained run (full size, {result['train']['steps']:,} steps, {result['train']['tokens']:,} tokens on 2 "
-            f"CPU cores): model {artifact['model_bytes']:,} bytes, {told['bits']:.3f} bits a trit by itself of at most "
-            f"{math.log2(3):.3f}, zeros {told['zeros']:.3f}, {result['scores']['contiguous']['val_bpb']:.4f} BPB")
+    train, bits = result["train"], result["artifact"]["bits_per_trit"]
+    return (f"a trained run (full size, `RATE_TERM={result['rate_term']:g}`, {train['steps']:,} steps, "
+            f"{train['tokens']:,} tokens on 2 CPU cores): model {result['artifact']['model_bytes']:,} bytes, "
+            f"{bits['coded']:.3f} bits a trit in the file, {bits['entropy']:.3f} by itself, of {math.log2(3):.3f}; "
+            f"zeros {train['trits']['zeros']:.3f}; {result['scores']['contiguous']['val_bpb']:.4f} BPB")
 
 
 # System, published claim, what its code did, what we measure.
@@ -265,8 +266,9 @@ def main(argv: list[str]) -> int:
     if folders:
         try:
             result = json.loads((folders[0] / "result.json").read_text())
-        except (OSError, ValueError) as error:
-            print(f"{folders[0]}: must be a run folder with a result.json ({error})", file=sys.stderr)
+            result["rate_term"] = json.loads((folders[0] / "config.json").read_text())["settings"]["RATE_TERM"]
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{folders[0]}: must be a run folder with result.json and config.json ({error})", file=sys.stderr)
             return 2
         kind, packed = (result.get("preset"), result.get("overlay")), result.get("declared", {}).get("packed")
         if kind not in RUNS or not packed or "float" not in result.get("scores", {}):
