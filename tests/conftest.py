@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,8 +36,8 @@ SMALL = {"OVERLAY": "tiny", "VOCAB_SIZE": str(MINI_VOCAB), "MODEL_DIM": "32", "N
 PACKED: dict[str, bytes] = {}
 
 
-@pytest.fixture(autouse=True)
-def packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def packed_once() -> Iterator[None]:
     """Runs in this process count the script's bytes; packing takes seconds, so configurations that keep the same rows
     share one packed file here. Packing itself is tested by itself, and by launches."""
     pack_self = train_gpt.pack_self
@@ -47,7 +48,9 @@ def packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         if key not in PACKED:
             PACKED[key] = pack_self(config)
         return PACKED[key]
-    monkeypatch.setattr(train_gpt, "pack_self", pack)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "pack_self", pack)
+        yield
 
 
 def synthetic_documents(count: int, seed: int) -> list[str]:

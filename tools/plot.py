@@ -41,6 +41,11 @@ REFERENCES = ("contiguous", "sliding", "document")  # what gains are counted fro
 LEAST_SHARE = 0.005  # of all bytes; a bin with less is not drawn: few tokens say little and stretch the axis
 
 
+STYLE = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.25,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 11.5,
+         "axes.axisbelow": True}
+
+
 class PlotError(Exception):
     """A user's mistake; the message is one clear line."""
 
@@ -364,10 +369,7 @@ def draw(series: Series) -> Figure:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    style = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold", "axes.grid": True,
-             "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-             "legend.frameon": False, "legend.fontsize": 11.5, "axes.axisbelow": True}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         foot = DOCUMENT_PIXELS if series.documents.by_position else 0
         more = foot + (TRIT_PIXELS if series.zeros.y else 0)
         pixels = HEIGHT_PIXELS + more
