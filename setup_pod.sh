@@ -13,6 +13,7 @@ PYTHON=FILE        interpreter to build on; a CUDA torch of 2.9 or later in it i
 VARIANT=NAME       variant of the challenge's data (default: sp1024)
 TRAIN_SHARDS=N     training shards to download (default: 80)
 DATA=0             download no data
+SPEED=0            do not time a training step (minutes: it is compiled first)
 MIN_DISK_GB=N      disk space that must be free or already filled by this set-up
                    (default: 12, and a fifth for each training shard)
 TEXT
@@ -135,13 +136,14 @@ for word in "$@"; do
   case $word in
     --help | -h) show_help; exit 0 ;;
     --check) check=1 ;;
-    PYTHON=* | VARIANT=* | TRAIN_SHARDS=* | DATA=* | MIN_DISK_GB=*) export "${word?}" ;;
+    PYTHON=* | VARIANT=* | TRAIN_SHARDS=* | DATA=* | SPEED=* | MIN_DISK_GB=*) export "${word?}" ;;
     *) fail "$word: must be --check or one of the settings that ./setup_pod.sh --help lists" ;;
   esac
 done
-: "${VARIANT:=sp1024}" "${TRAIN_SHARDS:=80}" "${DATA:=1}"
+: "${VARIANT:=sp1024}" "${TRAIN_SHARDS:=80}" "${DATA:=1}" "${SPEED:=1}"
 check_number TRAIN_SHARDS "$TRAIN_SHARDS" 1
 [[ $DATA == [01] ]] || fail "DATA=$DATA: must be 0 or 1"
+[[ $SPEED == [01] ]] || fail "SPEED=$SPEED: must be 0 or 1"
 : "${MIN_DISK_GB:=$((12 + DATA * TRAIN_SHARDS / 5))}"
 check_number MIN_DISK_GB "$MIN_DISK_GB" 0
 if [[ ${PYTHON:-} == */* && $PYTHON != /* ]]; then PYTHON=$PWD/$PYTHON; fi
@@ -231,6 +233,15 @@ elif ! may_act && [[ -f $dataset/manifest.json ]]; then
   row data ok "$dataset"
 else
   row data missing "$dataset is not there or not complete"
+fi
+
+step "9 attention and the step"
+if ((failed || check || !SPEED)); then
+  row step optional "not timed: SPEED=0, --check, or something above is missing"
+elif rows=$("$python" tools/preflight.py); then
+  add_rows <<<"$rows"
+else
+  row step missing "tools/preflight.py failed, see above"
 fi
 
 printf '%-17s %-9s %s\n' "what" "verdict" "found"

@@ -428,7 +428,8 @@ def pod(tmp_path: Path) -> Copy:
     fakes = tmp_path / "fakes"
     write_script(fakes / "ensurepip.py", "raise ImportError")
     write_script(fakes / "pip.py", FAKE_PIP)
-    copy.env |= {"PYTHON": make_image(tmp_path / "image", "2.9.1"), "PYTHONPATH": str(fakes), "MIN_DISK_GB": "0"}
+    copy.env |= {"PYTHON": make_image(tmp_path / "image", "2.9.1"), "PYTHONPATH": str(fakes)}
+    copy.env |= {"MIN_DISK_GB": "0", "SPEED": "0"}
     return copy
 
 
@@ -474,3 +475,17 @@ def test_pod_reports_what_is_missing(pod: Copy):
     assert pod.installs() == []
     code, out, _ = pod.run("setup_pod.sh", STUB_PREPARE="2")
     assert (code, verdicts(out)["data"]) == (3, "missing")
+
+
+@pytest.mark.parametrize(("answer", "code", "verdict"), [
+    ("print('attention|ok|fa3'); print('step|ok|1,000 tokens/s')", 0, "ok"),
+    ("print('attention|ok|sdpa'); print('step|missing|too slow')", 3, "missing"),
+    ("raise SystemExit(1)", 3, "missing")])
+def test_pod_that_is_slow_is_not_ready(pod: Copy, answer: str, code: int, verdict: str):
+    """The rows of tools/preflight.py stand in the table, and one that says missing is exit code 3."""
+    write_script(pod.root / "tools/preflight.py", answer)
+    pod.env["SPEED"] = "1"
+    found, out, err = pod.run("setup_pod.sh", "DATA=0")
+    assert found == code, out + err
+    assert verdicts(out)["step"] == verdict
+    assert pod.run("setup_pod.sh", "DATA=0", "SPEED=2")[0] == 2
