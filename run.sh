@@ -12,6 +12,13 @@ usage: ./run.sh [NAME=value ...]             train, write the artifact, score it
        ./run.sh bench presets|parts|crawler|ternary [NAME=value ...]
                                              systems, or changes of one, trained on equal terms and compared in pairs
        ./run.sh bench speed [NAME=value ...] step time, kernels and optimizer of a preset against this machine's peaks
+       ./run.sh sweep [NAME] NAME=value,value ... [--trials N] [--jobs N]
+                                             grids, searches and named sweeps; sweep --help says more
+       ./run.sh watch [RUN]                  a live run: loss, bits per byte, speed, time left, bytes
+       ./run.sh plan [--gpus N] [--price P] [--speed FILE] [NAME=value ...]
+                                             steps, bytes, seconds and money before anything is rented
+       ./run.sh record make|verify|compare|report ...
+                                             folders of records; record --help says more
        ./run.sh setup                        only make .venv and install requirements.txt
        ./run.sh --plan [NAME=value ...]      layer plan, parameters and predicted bytes, without training
        ./run.sh --presets                    what each preset changes
@@ -109,17 +116,15 @@ check_number() {  # $1=$2 must be a whole number of at least $3
 }
 
 task="job"
-if [[ ${1:-} == test ]]; then
-  task="test"
+if [[ ${1:-} == test || ${1:-} == record ]]; then
+  task=$1
   shift
 else
-  if [[ ${1:-} == bench ]]; then
-    task="bench"
+  case ${1:-} in bench | sweep | watch | plan) task=$1 && shift ;; esac
+  tool=$task  # what its own words are for
+  for word in "$@"; do  # afterwards "$@" holds the settings for train_gpt.py, or a tool's words, in their order
     shift
-  fi
-  for word in "$@"; do  # afterwards "$@" holds the settings for train_gpt.py, or the words for bench, in their order
-    shift
-    if [[ $task == bench && $word != PYTHON=* ]]; then
+    if [[ $tool != job && $word != PYTHON=* ]]; then
       set -- "$@" "$word"
       continue
     fi
@@ -162,9 +167,17 @@ case $task in
     set_up "$task"
     exec "$PY" train_gpt.py "$task" "$@"
     ;;
-  bench)
+  bench | sweep | watch)
     set_up "$task"
-    exec "$PY" tools/bench.py "$@"
+    exec "$PY" "tools/$task.py" "$@"
+    ;;
+  plan)
+    set_up "$task"
+    exec "$PY" tools/cost.py "$@"
+    ;;
+  record)
+    set_up "$task"
+    exec "$PY" records/submit.py "$@"
     ;;
   test)
     set_up "$task"

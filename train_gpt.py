@@ -5456,8 +5456,8 @@ class Trainer:
         self.began, self.earlier = log.clock() if began is None else began, 0.0
         self.optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
         self.average = Average(model, config.optim.ema_decay)
-        self.mezo = ESTIMATORS["mezo"](self.optimizer, config.run.seed, folder / "replay.bin") if (
-            config.optim.matrix_optimizer == "mezo") else None
+        estimator = ESTIMATORS.get(config.optim.matrix_optimizer)
+        self.mezo = estimator(self.optimizer, config.run.seed, folder / "replay.bin") if estimator else None
         routes = routes_of(model, config.artifact)
         self.routes = {name: routes[name] for name in qat_parts(model, config.artifact)}
         self.trit_routes = {name: route for name, route in routes.items() if route.format == "ternary"}
@@ -8717,8 +8717,9 @@ def exported_weights(run: Run, held: Checkpoint) -> dict[str, Tensor]:
 def finished_checkpoint(run: Run) -> Checkpoint:
     """The checkpoint of a finished training; ConfigError where there is none."""
     path, stages = run.source / "checkpoint.pt", ",".join(run.config.run.stages)
-    if not path.exists() and (log := path.with_name("replay.bin")).exists():
-        return ESTIMATORS["mezo"].rebuild(run.config, run.new_model(), log, run.world)
+    estimator, log = ESTIMATORS.get(run.config.optim.matrix_optimizer), path.with_name("replay.bin")
+    if not path.exists() and estimator is not None and log.exists():
+        return estimator.rebuild(run.config, run.new_model(), log, run.world)
     if not path.exists():
         raise ConfigError(f"STAGES={stages}: needs {path}, which is not there")
     held = load_checkpoint(path)
