@@ -22,6 +22,7 @@ usage: ./run.sh [NAME=value ...]             train, write the artifact, score it
        ./run.sh setup                        only make .venv and install requirements.txt
        ./run.sh --plan [NAME=value ...]      layer plan, parameters and predicted bytes, without training
        ./run.sh --presets                    what each preset changes
+       ./run.sh --explain chimera            what of a published plan is realised, how, and what is not
        ./run.sh --help                       this text, then every setting
 
 A setting is a word NAME=value here or an environment variable. Paths are relative to this folder.
@@ -116,7 +117,7 @@ check_number() {  # $1=$2 must be a whole number of at least $3
 }
 
 task="job"
-if [[ ${1:-} == test || ${1:-} == record ]]; then
+if [[ ${1:-} == test || ${1:-} == record || ${1:-} == --explain ]]; then
   task=$1
   shift
 else
@@ -174,6 +175,10 @@ case $task in
   plan)
     set_up "$task"
     exec "$PY" tools/cost.py "$@"
+    ;;
+  --explain)
+    set_up "$task"
+    exec "$PY" tools/explain.py "$@"
     ;;
   record)
     set_up "$task"

@@ -155,6 +155,7 @@ class ModelSettings:
     mlp_act: str = setting("relu_sq", "activation of the feed-forward", choices=("relu_sq", "gelu"))
     mlp_slope: float = setting(0.0, "negative slope of the squared leaky ReLU; 0 is squared ReLU", low=0.0, high=1.0)
     extra_norms: bool = setting(False, "an RMS norm before the matrices that end a branch, too")
+    act_int8: bool = setting(False, "what enters a block's matrices is rounded to 8 bits, with a scale a token")
     hgf_rank: int = setting(0, "rank of a gated low-rank path, stored as fp8, beside every matrix of a block; 0: none",
                             low=0, high=1024)
     post_norm: bool = setting(False, "an RMS norm with gains behind each block")
@@ -223,6 +224,8 @@ class ModelSettings:
                                                           low=0.001)
     crawler_tap_dim: int = setting(0, "rank in which every pass of a ( ) group reads the blocks before it; 0 is off",
                                    unit="channels", low=0)
+    loop_state: str = setting("none", "before each pass of a ( ) group the stream fades and takes in anew what entered "
+                              "the group: exact zero-order hold, or Euler's step", choices=("none", "exact", "euler"))
     anchor_dim: int = setting(0, "channels a position that passes of a ( ) group write and later passes read; 0 is off",
                               unit="channels", low=0)
 
@@ -730,8 +733,7 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "concern"),
     (lambda c: "A" in letters_of(c.model.stack) or c.model.attn_gate == "none" and not c.model.xsa_last_n,
      "ATTN_GATE={model.attn_gate}, XSA_LAST_N={model.xsa_last_n}: STACK={model.stack} has no attention, A"),
-    (lambda c: len(c.model.crawler_loop_rope_scales) <= max(
-        item.passes[-1][1] for item in parse_stack(c.model.stack)[1]),
+    (lambda c: len(c.model.crawler_loop_rope_scales) <= max(item.most for item in parse_stack(c.model.stack)[1]),
      "CRAWLER_LOOP_ROPE_SCALES={model.crawler_loop_rope_scales}: more than any ( ) group of STACK={model.stack} has "
      "passes"),
     (lambda c: c.artifact.qat_start < 1 or (c.artifact.qat_kind, c.artifact.qat_parts) == ("stored", "all"),
@@ -749,8 +751,15 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
                                               c.model.anchor_dim or c.model.crawler_loop_rope_scales),
      "LOOP_INSTRUCTIONS={model.loop_instructions}, CRAWLER_TAP_DIM={model.crawler_tap_dim}, ANCHOR_DIM="
      "{model.anchor_dim}, CRAWLER_LOOP_ROPE_SCALES: STACK={model.stack} has no ( ) group with several passes"),
+    (lambda c: c.model.loop_state == "none" or repeats(c.model.stack) and not c.model.parallel_start_layer,
+     "LOOP_STATE={model.loop_state}: needs a ( ) group with several passes in STACK={model.stack}, and "
+     "PARALLEL_START_LAYER=0"),
+    (lambda c: not random_depth(c.model.stack) or c.model.loop_state != "none" and not c.train.pass_drop and (
+        cadences(c.train) == {1} and not (c.model.unet_skips and c.model.loop_skips)),
+     "STACK={model.stack}: a random number of passes needs LOOP_STATE, which gives what stands before the group its "
+     "gradient, PASS_DROP=0, no CRAWLER_CADENCE, and LOOP_SKIPS=0 or UNET_SKIPS=0"),
     (lambda c: not c.model.crawler_tap_dim or 0 not in parse_stack(c.model.stack)[1][0].blocks or
-     parse_stack(c.model.stack)[1][0].passes[-1][1] == 1,
+     parse_stack(c.model.stack)[1][0].most == 1,
      "CRAWLER_TAP_DIM={model.crawler_tap_dim}: nothing stands before the first ( ) group of STACK={model.stack}"),
     (lambda c: cadences(c.train) == {1} or repeats(c.model.stack) and not (
         c.model.unet_skips and c.model.loop_skips),
@@ -801,6 +810,10 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "FIT=1: needs an int or uint grid, whose steps can be chosen; MATRIX_FORMAT={artifact.matrix_format}"),
     (lambda c: not c.artifact.gptq_sequential or c.artifact.solver == "gptq",
      "GPTQ_SEQUENTIAL=1: needs SOLVER=gptq"),
+    (lambda c: not c.run.sign_key or "report" in c.run.stages,
+     "SIGN_KEY={run.sign_key}: needs the stage report, which signs"),
+    (lambda c: not c.train.reference_run or "train" in c.run.stages,
+     "REFERENCE_RUN={train.reference_run}: needs the stage train, which it may end"),
     (lambda c: "train" in c.run.stages or bool(c.run.from_) or bool(c.run.run_id),
      "STAGES: without train, FROM=<run folder> or RUN_ID=<old run> must name the run to use"),
 )
@@ -835,10 +848,16 @@ def help_text() -> str:
 
 class Visits(NamedTuple):
     """A run of blocks and when it is visited how often: ((fraction of training, passes), ...), first at 0; whether it
-    is a ( ) group."""
+    is a ( ) group; the least, the most and the mean number of passes where training draws it."""
     blocks: tuple[int, ...]
     passes: tuple[tuple[float, int], ...]
     grouped: bool
+    depth: tuple[int, int, float] | None = None
+
+    @property
+    def most(self) -> int:
+        """The most passes it is ever visited in."""
+        return self.depth[1] if self.depth else self.passes[-1][1]
 
 
 class Block(NamedTuple):
@@ -857,7 +876,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
 MIXER_KERNELS = {"A": "attention", "D": "delta", "G": "delta", "X": "mlstm", "T": "titans"}
 MAX_BLOCKS, MAX_VISITS, MAX_PHASES = 512, 4096, 8
 _STACK_TOKEN = re.compile(r"\s*(?:(?P<letter>[A-Za-z])(?:\{(?P<over>[^}]*)\})?(?P<count>\d*)"
-                          r"|(?P<open>[\[(])|(?P<close>[\])])(?P<tail>[0-9.*@]*))")
+                          r"|(?P<open>[\[(])|(?P<close>[\])])(?P<tail>[0-9.*@~]*))")
 
 
 def _stack_fault(stack: str, at: int, rule: str) -> ConfigError:
@@ -876,6 +895,19 @@ def _parse_passes(stack: str, tail: str, at: int) -> tuple[tuple[float, int], ..
     if not rising or knots[-1][0] >= 1 or knots[0][1] < 1:
         raise _stack_fault(stack, at, "passes and their fractions must rise, fractions below 1, passes at least 1")
     return tuple(knots)
+
+
+def _parse_group(stack: str, tail: str, at: int
+                 ) -> tuple[tuple[tuple[float, int], ...], tuple[int, int, float] | None]:
+    """The passes of a ( ) group, and for `*1..4~2` how training draws them: from 1 to 4, on average 2, which is also
+    how many there are in evaluation."""
+    drawn = re.fullmatch(r"\*([1-9]\d{0,2})\.\.([1-9]\d{0,2})~(\d{1,3}(?:\.\d+)?)", tail)
+    if drawn is None:
+        return _parse_passes(stack, tail, at), None
+    least, most, mean = int(drawn[1]), int(drawn[2]), float(drawn[3])
+    if not least <= mean <= most:
+        raise _stack_fault(stack, at, "passes drawn as *least..most~mean must have least <= mean <= most")
+    return ((0.0, round(mean)),), (least, most, mean)
 
 
 def _parse_block(stack: str, letter: str, over: str | None, at: int) -> Block:
@@ -900,7 +932,8 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
     """The blocks of a STACK and the order of their visits; raises ConfigError with the column of the fault.
 
     A9 is nine blocks; [A2]3 makes distinct copies of a group; (A3)*3 visits a group three times with the same weights;
-    (A3)*3@0.35 once until 35 % of training and three times from there on.
+    (A3)*3@0.35 once until 35 % of training and three times from there on; (A3)*1..4~2 a number of times that training
+    draws for each row.
     """
     blocks: list[Block] = []
     root: list[Any] = []
@@ -930,7 +963,7 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
             else:
                 if any(isinstance(item, tuple) and not isinstance(item, Block) for item in items):
                     raise _stack_fault(stack, start, "a ( ) group inside another is not known")
-                outer.append((tuple(items), _parse_passes(stack, match["tail"], at)))
+                outer.append((tuple(items), *_parse_group(stack, match["tail"], at)))
             items = outer
         at = match.end()
         if len(items) > MAX_BLOCKS:
@@ -939,13 +972,13 @@ def parse_stack(stack: str) -> tuple[tuple[Block, ...], tuple[Visits, ...]]:
         raise _stack_fault(stack, open_groups[-1][2], "a group that is never closed")
     visits = []
     for item in root:
-        members, passes = ((item,), ((0.0, 1),)) if isinstance(item, Block) else item
+        members, passes, depth = ((item,), ((0.0, 1),), None) if isinstance(item, Block) else item
         visits.append(Visits(tuple(range(len(blocks), len(blocks) + len(members))), passes,
-                             not isinstance(item, Block)))
+                             not isinstance(item, Block), depth))
         blocks += members
     if len({frac for item in visits for frac, _ in item.passes}) > MAX_PHASES:
         raise ConfigError(f"STACK={stack}: at most {MAX_PHASES} different plans; each is compiled")
-    if not blocks or len(blocks) > MAX_BLOCKS or sum(len(v.blocks) * v.passes[-1][1] for v in visits) > MAX_VISITS:
+    if not blocks or len(blocks) > MAX_BLOCKS or sum(len(v.blocks) * v.most for v in visits) > MAX_VISITS:
         raise ConfigError(f"STACK={stack}: must have 1 to {MAX_BLOCKS} blocks and at most {MAX_VISITS} visits")
     return tuple(blocks), tuple(visits)
 
@@ -957,7 +990,12 @@ def letters_of(stack: str) -> set[str]:
 
 def repeats(stack: str) -> bool:
     """Whether a STACK has a ( ) group with several passes."""
-    return any(item.passes[-1][1] > 1 for item in parse_stack(stack)[1])
+    return any(item.most > 1 for item in parse_stack(stack)[1])
+
+
+def random_depth(stack: str) -> bool:
+    """Whether training draws how often a ( ) group is visited."""
+    return any(item.depth for item in parse_stack(stack)[1])
 
 
 def cadences(settings: TrainSettings) -> set[int]:
@@ -1115,6 +1153,22 @@ PRESETS: dict[str, Preset] = {
          "EVAL_STRIDE": 16},
         {"tiny": {"DATA_PATH": "./data/datasets/wikitext2_sp2048", "STACK": "A4", "EMBED_DIM": 96, "EVAL_STRIDE": 128,
                   "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 100, "WARMDOWN_FRAC": 0.5}}),
+    "chimera": Preset(
+        "the hybrid stack at 16 MB: gated delta rules, an mLSTM and attention, the middle looped with a state that "
+        "fades, passes drawn for each row, ternary weights, norms before every matrix; mended: mixers are what they "
+        "are called and strictly causal, the state's decay is below 1 by construction; experts, in-place learning, "
+        "valve, retrieval and spans are not built",
+        "Chimera 5.1: a plan and placeholder code, no score was published; shape after its honest reduction",
+        {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192, "STACK": "G A (G2 X A)*1..4~2 G A",
+         "MODEL_DIM": 768, "MLP_MULT": 4.0, "EXPAND_K": 2 / 3, "EXPAND_V": 4 / 3, "EXTRA_NORMS": True,
+         "EMBED_DIM": 312, "LOOP_STATE": "exact", "LOOP_SKIPS": False, "MATRIX_INIT": "gaussian",
+         "TIED_EMBED_LR": 0.02, "SCALAR_LR": 0.02, "MUON_BACKEND_STEPS": 3, "MUON_ROW_NORMALIZE": True,
+         "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.5, "MATRIX_FORMAT": "ternary", "GROUP_SIZE": 128,
+         "TERNARY_SCALE": "nonzero", "EMBED_FORMAT": "fp8",
+         "POLICY": "embed_proj.weight: fp8; head_proj.weight: fp8", "QAT_START": 0.0, "CODEC": "context,range,brotli"},
+        {"tiny": {"DATA_PATH": "./data/datasets/wikitext2_sp2048", "STACK": "G (X A)*1..3~2 A", "EMBED_DIM": 96,
+                  "EXPAND_K": 1.0, "EXPAND_V": 1.0, "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 100,
+                  "MIXER_CHUNK": 32}}),
     "sixteen": Preset(
         "our own best stack: the record stack with steps allocated by cost and fitted to the cap, and with strict "
         "test-time training; in a CPU's minutes hashed pairs of tokens in place of what pays later",
@@ -2960,7 +3014,7 @@ def plain_head(settings: ModelSettings) -> bool:
 
 def plain_mlp(settings: ModelSettings) -> bool:
     """Whether the feed-forward is that of mlp: two matrices around a squared leaky ReLU."""
-    return settings.mlp_act == "relu_sq" and not settings.extra_norms and not settings.hgf_rank
+    return settings.mlp_act == "relu_sq" and not (settings.extra_norms or settings.hgf_rank or settings.act_int8)
 
 
 def kernels_of(settings: ModelSettings) -> list[str]:
@@ -3527,25 +3581,34 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.gate.tanh().to(x.dtype)
 
 
+def round_tokens(x: Tensor) -> Tensor:
+    """x (..., C) on a grid of 255 steps from minus to plus its largest magnitude, for each token; the gradient goes
+    straight through. Source: BitNet b1.58."""
+    step = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-5) / 127
+    return x + ((x.detach() / step).round() * step - x.detach())
+
+
 class Linear(nn.Module):
-    """A matrix (out, in) with an fp32 master, cast to the input's dtype where it is used, and the low-rank path that
-    `add_paths` puts beside it."""
+    """A matrix (out, in) with an fp32 master, cast to the input's dtype where it is used; what `fit_out` adds to those
+    of a block: a low-rank path beside it, and inputs of 8 bits."""
 
     def __init__(self, inputs: int, outputs: int, start: float | str) -> None:
         super().__init__()
-        self.weight, self.path = make_parameter((outputs, inputs), "matrix", start), None
+        self.weight, self.path, self.rounds = make_parameter((outputs, inputs), "matrix", start), None, False
 
     def forward(self, x: Tensor, site: str, deltas: Deltas | None) -> Tensor:
         """(..., in) -> (..., out)."""
+        x = round_tokens(x) if self.rounds else x
         y = F.linear(x, self.weight.to(x.dtype))
         return add_delta(y if self.path is None else y + self.path(x), x, site, deltas)
 
 
-def add_paths(part: nn.Module, rank: int) -> None:
-    """Put a low-rank path beside every matrix of a part; rank 0 leaves it as it is."""
-    for module in list(part.modules()) if rank else ():
+def fit_out(part: nn.Module, settings: ModelSettings) -> None:
+    """Give the matrices of a block what HGF_RANK and ACT_INT8 ask for."""
+    for module in list(part.modules()):
         if isinstance(module, Linear):
-            module.path = LowRank(*reversed(module.weight.shape), rank)
+            module.rounds = settings.act_int8
+            module.path = LowRank(*reversed(module.weight.shape), settings.hgf_rank) if settings.hgf_rank else None
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -4097,13 +4160,15 @@ class Phase(NamedTuple):
         return [(self.steps[step.source].block, step.block) for step in self.steps if step.source is not None]
 
 
-def plan_phase(settings: ModelSettings, start: float, most: int = MAX_VISITS) -> Phase:
-    """The visits from a fraction of training on, each group in `most` passes at most. Skips pair visit half + j with
+def plan_phase(settings: ModelSettings, start: float, most: int = MAX_VISITS, deepest: bool = False) -> Phase:
+    """The visits from a fraction of training on, each group in `most` passes at most, or the `deepest` that training
+    can draw. Skips pair visit half + j with
     visit half - 1 - j, half being half of those that take part."""
     _, visits = parse_stack(settings.stack)
     blocks, order = plan_blocks(settings), []
     for group, item in enumerate(visits):
-        for number in range(min(most, max(count for frac, count in item.passes if frac <= start))):
+        usual = item.most if deepest else max(count for frac, count in item.passes if frac <= start)
+        for number in range(min(most, usual)):
             order += [(block, Turn(group, number, place == 0, place == len(item.blocks) - 1) if item.grouped else None)
                       for place, block in enumerate(item.blocks)]
     part = [visit for visit, (_, turn) in enumerate(order) if settings.loop_skips or turn is None]
@@ -4141,14 +4206,17 @@ def plan_text(settings: ModelSettings) -> str:
               "value embeddings": [block.index for block in blocks if block.embedded],
               "value residual": [block.index for block in blocks if settings.value_residual and block.index]}
     lines += [f"blocks {_ranges(numbers)}: {what}" for what, numbers in extras.items() if numbers]
-    between = {f"{settings.loop_instructions} instructions": settings.loop_instructions != "none",
+    between = {f"{settings.loop_state} state": settings.loop_state != "none",
+               f"{settings.loop_instructions} instructions": settings.loop_instructions != "none",
                f"tap of {settings.crawler_tap_dim}": settings.crawler_tap_dim,
                f"anchor of {settings.anchor_dim}": settings.anchor_dim,
                "rotary frequencies over " + ", ".join(map(show_value, settings.crawler_loop_rope_scales)):
                    settings.crawler_loop_rope_scales}
     if told := [what for what, on in between.items() if on]:
-        lines += [f"blocks {_ranges(list(item.blocks))}, {item.passes[-1][1]} passes: {'; '.join(told)}"
-                  for item in parse_stack(settings.stack)[1] if item.passes[-1][1] > 1]
+        lines += [f"blocks {_ranges(list(item.blocks))}, {item.most} passes: {'; '.join(told)}"
+                  for item in parse_stack(settings.stack)[1] if item.most > 1]
+    lines += ["blocks {}: in training {} to {} passes a row, on average {:g}".format(
+        _ranges(list(item.blocks)), *item.depth) for item in parse_stack(settings.stack)[1] if item.depth]
     return "\n".join(lines)
 
 
@@ -4170,7 +4238,7 @@ class BlockModule(nn.Module):
             # How much of each lane stays, and what attention and feed-forward (rows) give to each lane (columns).
             self.lane_keep = make_parameter((2,), "gain", 1.1)
             self.lane_give = make_parameter((2, 2), "gain", 1.0)
-        add_paths(self, settings.hgf_rank)
+        fit_out(self, settings)
 
     def normed(self, x: Tensor) -> Tensor:
         """x (B, T, D) normalised, times the block's own factor."""
@@ -4215,16 +4283,31 @@ class Skip(nn.Module):
         return x + brought if self.gate is None else torch.lerp(brought, x, self.gate.sigmoid().to(x.dtype))
 
 
+PACE_START = 0.2119  # exp(-softplus(it)) is the root of a fifth
+# What a state that fades at `rate` takes in of what is held for `time`: exactly, or by Euler's step.
+HOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "exact": lambda time, rate: -torch.expm1(-time * rate) / rate, "euler": lambda time, rate: time}
+
+
 class Loop(nn.Module):
     """What tells the passes of a ( ) group apart: sums into the stream before each pass. Instructions are a vector
     each, or a low-rank product of the stream as it enters the group (static) or the pass (flow), with an own way out
     for each pass; a tap reads what the blocks before the group made, the same for all passes; an anchor is what earlier
-    passes wrote. Each begins at zero, or almost. Sources: clowncar and its successors, PRs 990 and 1140."""
+    passes wrote. Each begins at zero, or almost. Sources: clowncar and its successors, PRs 990 and 1140.
+
+    With LOOP_STATE a pass begins with A h + B e, h being what the pass before left (0 at first) and e the normalised
+    stream that entered the group: A = exp(-d a) is below 1 whatever is learned, B = (1 - A) / a b holds e for the time
+    d exactly, d b is Euler's step. Source: Parcae; there B is a matrix, and h begins with noise."""
 
     def __init__(self, settings: ModelSettings, passes: int, before: int, name: str) -> None:
         super().__init__()
         width, kind, rank, self.name = settings.model_dim, settings.loop_instructions, settings.inst_dim, name
         product, self.static, self.rank, self.passes = kind in ("static", "flow"), kind == "static", rank, passes
+        self.eps, self.taken = settings.norm_eps, HOLDS.get(settings.loop_state)
+        if self.taken is not None:
+            self.a_log = make_parameter((width,), "gain", 0.0)
+            self.pace = make_parameter((width,), "gain", PACE_START)
+            self.give = make_parameter((width,), "gain", 1.0)
         self.positions = make_parameter((passes, width), "gate", "position") if kind == "position" else None
         self.inst_in = Linear(width, rank * (passes if self.static else 1), "value") if product else None
         self.inst_out = nn.ModuleList(Linear(rank, width, 0.0) for _ in range(passes if product else 0))
@@ -4239,9 +4322,14 @@ class Loop(nn.Module):
         """The site of one of its matrices."""
         return f"loops.{self.name}.{module}"
 
+    def hold(self, h: Tensor, e: Tensor) -> Tensor:
+        """A h + B e, (B, T, D), for the state h and what enters e."""
+        time, rate = F.softplus(self.pace), self.a_log.exp()
+        return (-time * rate).exp().to(h.dtype) * h + (self.taken(time, rate) * self.give).to(h.dtype) * e
+
     def enter(self, x: Tensor, made: list[Tensor], deltas: Deltas | None) -> dict[str, Tensor]:
         """What the passes read of x (B, T, D), which enters the group, and of what the blocks before it made."""
-        held = {}
+        held = {} if self.taken is None else {"entered": rms_norm(x, self.eps)}
         if self.static:
             held["static"] = self.inst_in(x, self.site("inst_in"), deltas)
         if self.tap_out is not None:
@@ -4252,7 +4340,9 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor, number: int, held: dict[str, Tensor], deltas: Deltas | None) -> Tensor:
         """x (B, T, D) as pass `number` begins with it; `held` is `enter`'s, and the anchor's."""
-        told = []
+        told, begun = [], x
+        if self.taken is not None:
+            x = self.hold(x if number else torch.zeros_like(x), held["entered"])
         if self.positions is not None:
             told.append(self.positions[number].to(x.dtype).expand_as(x))
         if self.inst_in is not None:
@@ -4265,7 +4355,9 @@ class Loop(nn.Module):
             written = self.anchor_in[number - 1](x, self.site(f"anchor_in.{number - 1}"), deltas)
             held["anchor"] = held["anchor"] + written if "anchor" in held else written
             told.append(self.anchor_out[number - 1](held["anchor"], self.site(f"anchor_out.{number - 1}"), deltas))
-        return add_delta(x + sum(told), x, self.site(f"pass.{number}"), deltas) if told else x
+        if not told and self.taken is None:
+            return x
+        return add_delta(x + sum(told), begun, self.site(f"pass.{number}"), deltas)
 
 
 # What stands between the passes of a ( ) group.
@@ -4274,7 +4366,8 @@ BETWEEN: dict[str, type[nn.Module]] = {"loop": Loop}
 
 def between(settings: ModelSettings) -> list[str]:
     """The rows of BETWEEN that a model has."""
-    return ["loop"] if settings.loop_instructions != "none" or settings.crawler_tap_dim or settings.anchor_dim else []
+    return ["loop"] if (settings.loop_state, settings.loop_instructions) != ("none", "none") or (
+        settings.crawler_tap_dim or settings.anchor_dim) else []
 
 
 HEAD_ROWS = 2048
@@ -4323,9 +4416,9 @@ class GPT(nn.Module):
         self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
                                     for a, b in pairs})
         self.loops = nn.ModuleDict({
-            str(group): BETWEEN[name](settings, item.passes[-1][1], taps_of(self.phases[-1], group), str(group))
+            str(group): BETWEEN[name](settings, item.most, taps_of(self.phases[-1], group), str(group))
             for name in between(settings) for group, item in enumerate(parse_stack(settings.stack)[1])
-            if item.passes[-1][1] > 1})
+            if item.most > 1})
 
     @property
     def softcap(self) -> Softcap:
@@ -4364,8 +4457,9 @@ class GPT(nn.Module):
 
 def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
     """forward(tokens (B, T), docs, deltas) -> final normalised hidden states (B, T, D), for one phase or the number of
-    one. docs: document numbers (B, T), spans, or None where every row is one document. keep (N,): which passes of ( )
-    groups take part, 1 or 0 by the number of their first visit; None is all.
+    one. docs: document numbers (B, T), spans, or None where every row is one document. keep (N,), or (N, B) for each
+    row: which passes of ( ) groups take part, 1 or 0 by the number of their first visit, 2 where what came before them
+    gets no gradient through them; None is all.
 
     Everything that depends on the plan is resolved here, so that the function compiles to one graph.
     """
@@ -4373,7 +4467,7 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
     steps = (phase if isinstance(phase, Phase) else model.phases[phase]).steps
     scales, tapped = settings.crawler_loop_rope_scales, bool(settings.crawler_tap_dim)
     letters = letters_of(settings.stack)
-    attends, recurrent = "A" in letters, bool(letters - {"A"})
+    attends, recurrent, drawn = "A" in letters, bool(letters - {"A"}), random_depth(settings.stack)
     for step in steps:
         sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
         skip = None if step.source is None else model.skips[f"{steps[step.source].block}_{step.block}"]
@@ -4398,7 +4492,9 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
             if skip is not None:
                 x = skip(x, kept.pop(step.source))
             if keep is not None and step.turn and step.turn.first:
-                entered = x, step.visit
+                share = keep[step.visit] if keep.ndim == 1 else keep[step.visit][:, None, None]
+                x = torch.where(share > 1, x.detach(), x) if drawn else x
+                entered = x, share.clamp_max(1).to(x.dtype)
             if loop is not None:
                 held = held if step.turn.number else loop.enter(x, made, deltas)
                 x = loop(x, step.turn.number, held, deltas)
@@ -4406,7 +4502,7 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
             if settings.value_residual and context.first is None:
                 context = context._replace(first=values)
             if keep is not None and step.turn and step.turn.last:
-                x = torch.lerp(entered[0], x, keep[entered[1]].to(x.dtype))
+                x = torch.lerp(entered[0], x, entered[1])
             if step.keep:
                 kept[step.visit] = x
             if tapped and step.turn is None:
@@ -4740,13 +4836,13 @@ def sgd_step_(parameters: list[Tensor], grads: list[Tensor], states: list[dict[s
     torch._foreach_add_(parameters, grads, alpha=-rate)
 
 
-LEAST_LATENT = 0.01  # scale of a ternary group that is zero still
+LEAST_LATENT = 0.01  # least scale of a direction, so that groups that begin at zero leave it
 
 
 def mezo_direction(weight: Tensor, route: Route | None, seed: int) -> Tensor:
     """The direction, shaped as the weight, in which MeZO looks and steps: standard normal and never stored, for the
-    same seed is the same direction. Ternary latents (with a route) have it in the scale of their group, for what a step
-    of fixed size flips in them would otherwise hang on that."""
+    same seed is the same direction. Ternary latents (with a route) have it in the scale of their group, LEAST_LATENT at
+    least, for what a step of fixed size flips in them would otherwise hang on that."""
     generator = torch.Generator(weight.device).manual_seed(seed)
     direction = torch.randn(weight.shape, generator=generator, device=weight.device)
     if route is None:
@@ -5261,6 +5357,27 @@ def shake_weights(model: nn.Module, routes: Mapping[str, Route], seed: int) -> N
         parameter.add_(noise.view_as(parameter))
 
 
+def drawn_passes(settings: ModelSettings, plan: Phase, rows: int, seed: int | None) -> np.ndarray:
+    """Which passes take part in each of `rows` rows, float32 (N, rows) as the forward's keep: a row's number of them is
+    Poisson's, within the group's bounds, and the last half of the mean get gradients. Without a seed all take part and
+    the gradient goes through all. Source: Parcae, the definition by sequence."""
+    keep = np.ones((len(plan.steps), rows), np.float32)
+    if seed is None:
+        return keep
+    visits, rng = parse_stack(settings.stack)[1], np.random.Generator(np.random.PCG64(seed))
+    for group, item in enumerate(visits):
+        if item.depth is None:
+            continue
+        least, most, mean = item.depth
+        count = np.clip(rng.poisson(mean, rows), least, most)
+        cut = count - np.minimum(count, math.ceil(mean / 2))
+        for step in plan.steps:
+            if step.turn and step.turn.group == group and step.turn.first:
+                number = step.turn.number
+                keep[step.visit] = np.where(number >= count, 0, np.where((0 < number) & (number <= cut), 2, 1))
+    return keep
+
+
 class Coverage:
     """Proves that training reaches every parameter: in the graph of some phase, and moved within five steps of it."""
 
@@ -5299,14 +5416,22 @@ REFERENCE_MARKS, REFERENCE_SHARE = (0.25, 0.5, 0.75), 0.05
 def reference_losses(folder: str) -> list[tuple[float, float]]:
     """(fraction of training, mean training loss over the REFERENCE_SHARE before it) of a finished run at each mark;
     ConfigError where its events do not say."""
-    found: list[tuple[float, float]] = []
+    found: dict[int, tuple[float, float]] = {}
     try:
-        for line in (Path(folder) / "events.jsonl").read_text(encoding="utf-8").splitlines():
-            event = json.loads(line) if '"event": "step"' in line else {}
-            found += [(event["frac"], event["train_loss"])] if "frac" in event else []
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"REFERENCE_RUN={folder}: must be a run folder with a whole events.jsonl ({error})") from None
-    means = [(mark, mean_loss(found, mark)) for mark in REFERENCE_MARKS]
+        lines = (Path(folder) / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(f"REFERENCE_RUN={folder}: must be a run folder with events.jsonl "
+                          f"({error.strerror})") from None
+    for line in lines:
+        try:
+            event = json.loads(line)
+            if event["event"] in ("start", "resume"):  # what came after the checkpoint, or all, never happened
+                found = {step: pair for step, pair in found.items() if step <= event.get("step", 0)}
+            elif event["event"] == "step":
+                found[event["step"]] = float(event["frac"]), float(event["train_loss"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a line that a kill cut short, or none of a training
+    means = [(mark, mean_loss(found.values(), mark)) for mark in REFERENCE_MARKS]
     if any(map(math.isnan, dict(means).values())):
         raise ConfigError(f"REFERENCE_RUN={folder}: its events.jsonl has no steps around "
                           f"{', '.join(f'{mark:.0%}' for mark, loss in means if math.isnan(loss))} of training")
@@ -5372,7 +5497,7 @@ class Mezo:
         def loss() -> Tensor:
             with trainer.as_stored(frac, training=True):
                 parts = [part for some in batches for part in trainer.world.each(work, some)]
-            return trainer.world.add_(torch.stack(parts).sum())
+            return trainer.world.add_(torch.stack(parts).double().sum())  # their difference is small
 
         plus, minus = self.probe(step, loss)
         self.fill(step, float(plus - minus) / 2)
@@ -5384,24 +5509,36 @@ class Mezo:
         self.fill(step, row[0])
         if trainer.world.first:
             self.write(step, *row)
-        return plus.new_tensor(row[3]), norm, row[1], row[2]
+        return plus.new_tensor(row[3]).float(), norm, row[1], row[2]
 
     def write(self, step: int, *values: float) -> None:
         """Log a step; a step that was logged before the run was killed is written again."""
-        at = self.HEAD + step * struct.calcsize(self.ROW)
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
-            if not step:
-                file.write(bytes(self.HEAD))
-            if file.seek(0, os.SEEK_END) < at:
-                raise ConfigError(f"{self.path}: must hold the {step} steps of checkpoint.pt; use another RUN_ID")
-            file.truncate(at)
-            file.seek(at)
+        with self.open_at(step) as file:
             file.write(struct.pack(self.ROW, *values))
 
-    def close(self, digest: str) -> None:
-        """Log what the weights came to."""
-        with self.path.open("r+b") as file:
-            file.write(bytes.fromhex(digest))
+    def open_at(self, step: int) -> Any:
+        """The log, opened and cut behind its first `step` steps; ConfigError where it does not hold them."""
+        at = self.HEAD + step * struct.calcsize(self.ROW)
+        file = self.path.open("r+b" if self.path.exists() else "w+b")
+        if not step:
+            file.write(bytes(self.HEAD))
+        if file.seek(0, os.SEEK_END) < at:
+            file.close()
+            raise ConfigError(f"{self.path}: must hold the {step} steps of checkpoint.pt; use another RUN_ID")
+        file.truncate(at)
+        file.seek(at)
+        return file
+
+    def close(self, step: int, average: Mapping[str, Tensor]) -> None:
+        """Log what the weights and their average came to after `step` steps."""
+        with self.open_at(step) as file:
+            file.seek(0)
+            file.write(bytes.fromhex(self.digest(self.optimizer.parameters, average)))
+
+    @staticmethod
+    def digest(weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> str:
+        """sha256 of the weights and of their average."""
+        return weights_digest({**weights, **{f"average {name}": tensor for name, tensor in average.items()}})
 
     @classmethod
     def rebuild(cls, config: Config, model: GPT, path: Path, world: World) -> Checkpoint:
@@ -5418,7 +5555,7 @@ class Mezo:
             optimizer.step(factor, 0.0, decay_factor(config.optim, frac), frac, torch.tensor(loss, device=world.device))
             average.update()
         weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-        if weights_digest(weights) != digest.hex():
+        if cls.digest(weights, average.shadow) != digest.hex():
             raise CheckError(f"{path}: leads to other weights here than where it was made; settings that training "
                              "read, torch or the kind of device differ")
         return Checkpoint(step + 1, 0.0, True, loss, config.digest(), "", weights, average.shadow, {},
@@ -5440,13 +5577,17 @@ class Trainer:
         self.config, self.model, self.world, self.log, self.folder = config, model, world, log, folder
         self.data, self.compiled, self.score_float, self.plan_ahead = data, compiled, score_float, plan_ahead
         self.batches = Batches(data.train, config.data, config.train, config.run.seed, model.packed)
-        self.prefetch, self.scale = Prefetch(self.batches, world), LossScale(model.dtype)
+        estimator = ESTIMATORS.get(config.optim.matrix_optimizer)
+        # Without a backward pass there is no gradient that could overflow.
+        self.prefetch = Prefetch(self.batches, world)
+        self.scale = LossScale(torch.float32 if estimator else model.dtype)
         self.length, self.changed_at = length_at(config.train, 0.0), -config.train.seq_change_warmup_steps
         # Steps that may still be computed: (step, loss and gradient norm, rate factor, fraction, event). A GPU may be
         # that far behind; the host never waits for more than the oldest.
         self.flying: list[tuple[int, Tensor, float, float, Any]] = []
         self.reference = reference_losses(config.train.reference_run) if config.train.reference_run else []
         self.recent: list[tuple[float, float]] = []  # (fraction, loss) of steps, where there is a reference
+        self.begun: float | None = None  # the fraction at which this process began
         self.depth = 2 if world.device.type == "cuda" and not self.scale.on else 0
         self.replayed = config.system.cuda_graphs
         if self.replayed and not (compiled and world.device.type == "cuda"):
@@ -5456,14 +5597,16 @@ class Trainer:
         self.began, self.earlier = log.clock() if began is None else began, 0.0
         self.optimizer = Optimizer(model, config.optim, world, model.dtype, routes_of(model, config.artifact))
         self.average = Average(model, config.optim.ema_decay)
-        estimator = ESTIMATORS.get(config.optim.matrix_optimizer)
         self.mezo = estimator(self.optimizer, config.run.seed, folder / "replay.bin") if estimator else None
         routes = routes_of(model, config.artifact)
         self.routes = {name: routes[name] for name in qat_parts(model, config.artifact)}
         self.trit_routes = {name: route for name, route in routes.items() if route.format == "ternary"}
         self.trits: dict[str, Tensor] = {}
         self.told: tuple[int, dict[str, float]] = (-1, {})
-        self.short = plan_phase(model.settings, 0.0, 1) if cadences(config.train) != {1} else None
+        self.drawn = random_depth(model.settings.stack)
+        # A plan of training's own, behind the model's: one pass a group by cadence, or as many as can be drawn.
+        self.own = plan_phase(model.settings, 0.0, deepest=True) if self.drawn else (
+            plan_phase(model.settings, 0.0, 1) if cadences(config.train) != {1} else None)
         self.micros = config.train.train_batch_tokens // config.train.micro_batch_tokens
         if self.micros % world.size:
             raise ConfigError(f"NPROC={world.size}: must divide the {self.micros} micro-batches of a step "
@@ -5506,8 +5649,8 @@ class Trainer:
         for name, kinds in self.optimizer.state.items():
             for kind, tensor in kinds.items():
                 tensor.copy_(held.state[name][kind])
-            if self.average.decay:
-                self.average.shadow[name].copy_(held.average[name])
+        for name, tensor in self.average.shadow.items():
+            tensor.copy_(held.average[name])
         self.optimizer.counts.update(held.counts)
         self.step, self.last_loss, self.finished = held.step, held.last_loss, held.finished
         pace = held.pace
@@ -5553,12 +5696,14 @@ class Trainer:
         starts = sorted({phase.start for phase in plan} | {start for start, _ in knots})
         found = dict.fromkeys((phase_at(plan, frac), knots[-1][1] if self.model.packed else
                                length_at(self.config.train, frac)) for frac in starts)
-        short = dict.fromkeys((len(plan), length) for _, length in found) if self.short else {}
-        return [*found, *short]
+        own = dict.fromkeys((len(plan), length) for _, length in found) if self.own else {}
+        return [*found, *own]
 
     def plan_at(self, progress: Progress) -> int:
-        """The number of the next step's plan: the phase's, or by cadence the one with one pass of each group, which
-        stands behind them. Source: clowncar's micro crawler."""
+        """The number of the next step's plan: the phase's, or that of training's own, which stands behind them: always
+        where passes are drawn, by cadence else. Source: clowncar's micro crawler."""
+        if self.drawn:
+            return len(self.model.phases)
         phase, train = phase_at(self.model.phases, progress.frac), self.config.train
         rate = rate_factor(self.config.optim, progress)
         cadence = (train.crawler_cadence_early if rate > 0.5 else train.crawler_cadence_main if rate > 0.2 else
@@ -5568,7 +5713,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and run every phase in every context on random tokens before the clock starts; no weight changes."""
         settings = self.config.train
-        plans = range(len(self.model.phases) + bool(self.short))
+        plans = range(len(self.model.phases) + bool(self.own))
         self.losses = [make_compiled(self.plain_loss(phase), self.compiled, replayed=self.replayed) for phase in plans]
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, "warm-up"))
         drawn = torch.randint(BOS + 3, self.config.data.vocab_size, (settings.micro_batch_tokens + 1,),
@@ -5586,7 +5731,10 @@ class Trainer:
                 self.model.zero_grad(set_to_none=True)
                 with torch.set_grad_enabled(self.mezo is None):
                     loss = self.run_loss(phase, batch)
-                (loss if self.mezo is None else self.plain_loss(phase)(*batch)).backward()
+                if self.mezo is None:
+                    loss.backward()
+            if self.mezo is not None:  # once, for the proof that everything is reached
+                self.plain_loss(phase)(*batch).backward()
             self.coverage.saw_phase()
         self.model.zero_grad(set_to_none=True)
         self.coverage.check_phases()
@@ -5610,7 +5758,7 @@ class Trainer:
 
     def plain_loss(self, phase: int) -> Callable[..., Tensor]:
         """The loss of a plan, not compiled."""
-        return make_loss(self.model, (*self.model.phases, self.short)[phase], self.config.ngram.ngram_head_loss,
+        return make_loss(self.model, (*self.model.phases, self.own)[phase], self.config.ngram.ngram_head_loss,
                          self.config.train.z_loss)
 
     def strict_seconds(self) -> float:
@@ -5627,11 +5775,16 @@ class Trainer:
         return self.losses[phase](*batch)
 
     def passes_of(self, batch: Batch, index: int, phase: int, drop: bool = True) -> Batch:
-        """The batch with PASS_DROP's draw for micro-batch `index` of the run; `drop` says whether any is left out."""
+        """The batch with PASS_DROP's draw for micro-batch `index` of the run, or with the drawn passes of each row;
+        `drop` says whether any is left out."""
         chance = self.config.train.pass_drop
+        if self.drawn and phase == len(self.model.phases):
+            drawn = drawn_passes(self.model.settings, self.own, len(batch.tokens),
+                                 stream_seed(self.config.run.seed, "passes", index) if drop else None)
+            return batch._replace(keep=torch.from_numpy(drawn).to(self.world.device, non_blocking=True))
         if not chance:
             return batch
-        steps = (*self.model.phases, self.short)[phase].steps
+        steps = (*self.model.phases, self.own)[phase].steps
         rng = np.random.Generator(np.random.PCG64(stream_seed(self.config.run.seed, "pass drop", index)))
         drawn = rng.random(len(steps)) >= chance * drop
         return batch._replace(keep=torch.from_numpy(drawn).float().to(self.world.device, non_blocking=True))
@@ -5848,7 +6001,7 @@ class Trainer:
 
     def tell_trits(self) -> dict[str, float]:
         """Of all ternary weights: the share of zeros, the entropy in bits of a trit by itself, and the share that has
-        changed since this was last told (0 at first)."""
+        changed since this was last told by this process."""
         own = dict(self.model.named_parameters())
         if not self.trit_routes or self.told[0] == self.step:
             return self.told[1]
@@ -5856,11 +6009,12 @@ class Trainer:
                  for name, route in self.trit_routes.items()}
         count = sum(map(torch.numel, codes.values()))
         shares = [float(sum((part == trit).sum() for part in codes.values())) / count for trit in (-1, 0, 1)]
-        moved = sum((part != self.trits[name]).sum() for name, part in codes.items()) if self.trits else 0
-        churn, self.trits = float(moved) / count, codes
-        told = {"zeros": shares[1], "bits": -sum(p * math.log2(p) for p in shares if p), "churn": churn}
-        self.log.line(f"step:{self.step} trits: zeros {told['zeros']:.3f} entropy {told['bits']:.4f} bits "
-                      f"changed {churn:.4f} of {count:,}")
+        moved = sum((part != self.trits[name]).sum() for name, part in codes.items()) if self.trits else None
+        churn, self.trits = None if moved is None else float(moved) / count, codes
+        told = {"zeros": shares[1], "bits": -sum(p * math.log2(p) for p in shares if p),
+                **({} if churn is None else {"churn": churn})}
+        self.log.line(f"step:{self.step} trits: zeros {told['zeros']:.3f} entropy {told['bits']:.4f} bits of {count:,}"
+                      + ("" if churn is None else f", changed {churn:.4f}"))
         self.log.event("trits", step=self.step, train_seconds=self.watch.seconds(), **told)
         if self.board is not None:
             for tag, value in told.items():
@@ -5896,10 +6050,13 @@ class Trainer:
 
     def meet_reference(self, frac: float) -> None:
         """CheckError, once the checkpoint is written, where the run is hopeless beside its reference."""
+        if self.begun is None:
+            self.begun = frac
         while self.reference and self.reference[0][0] <= frac:
             (mark, wanted), margin = self.reference.pop(0), self.config.train.reference_margin
+            self.land(0)
             found = mean_loss(self.recent, mark)
-            if math.isnan(found):  # resumed beyond it
+            if math.isnan(found) or mark - REFERENCE_SHARE < self.begun:  # resumed behind its beginning
                 continue
             self.log.line(f"step:{self.step} at {mark:.0%} train_loss:{found:.4f} reference:{wanted:.4f}")
             if found > wanted + margin:
@@ -5925,7 +6082,7 @@ class Trainer:
             self._loop()
             self.watch.stop()
             if self.mezo is not None and self.world.first:
-                self.mezo.close(weights_digest(dict(self.model.named_parameters())))
+                self.mezo.close(self.step, self.average.shadow)
             self.save(finished=True)
         check_same_weights(self.model, self.world)
         memory = peak_memory_bytes(self.world.device)
@@ -5966,6 +6123,7 @@ class Trainer:
             self.one_step(progress)
             if self.trit_routes and self.step % settings.train_log_every == 0:
                 self.tell_trits()
+                self.landed_at = self.watch.seconds()
             if self.step % settings.sync_check_every == 0:
                 check_same_weights(self.model, self.world)
                 self.landed_at = self.watch.seconds()
@@ -5980,6 +6138,7 @@ class Trainer:
             self.log.bar = None
         if self.board is not None:
             self.board.close()
+            self.board = None
         if self.compiled and compiled_graphs() > self.graphs:
             self.log.line(f"recompiled: {compiled_graphs() - self.graphs} graphs after the warm-up, inside the clock")
         if self.step < settings.iterations:
@@ -8480,6 +8639,7 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "STARTS": {*(["decay", "pace"] if "G" in letters else []), *(["forget"] if "X" in letters else []),
                        *(["position"] if config.model.loop_instructions == "position" else [])},
             "TOKEN_PARTS": set(token_parts(config.model)), "BETWEEN": set(between(config.model)),
+            "HOLDS": {config.model.loop_state} - {"none"},
             "ATTN_GATES": {config.model.attn_gate} - {"none"},
             "FINAL_LANES": {config.model.parallel_final_lane},
             "MUON_BACKENDS": {config.optim.muon_backend}, "ACTIVATIONS": {config.model.mlp_act},
@@ -8497,7 +8657,7 @@ def check_rows(config: Config) -> None:
               "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
               "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
               "FINAL_LANES": FINAL_LANES, "KERNELS": KERNELS, "STARTS": STARTS,
-              "BETWEEN": BETWEEN, "UPDATES": UPDATES,
+              "BETWEEN": BETWEEN, "HOLDS": HOLDS, "UPDATES": UPDATES,
               "ACTIVATIONS": ACTIVATIONS, "STEERINGS": STEERINGS, "ESTIMATORS": ESTIMATORS}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
@@ -8577,6 +8737,7 @@ class Run:
         fresh = "train" in config.run.stages or not config.run.from_
         self.source = self.folder if fresh else Path(config.run.from_)
         self.result: dict[str, Any] = {}
+        self.unsealed = False  # whether result.json has what the log does not know of
         self.clock = time.monotonic
         fault = ""
         if world.first:
@@ -8603,7 +8764,8 @@ class Run:
         path, code = self.folder / "config.json", self.folder / "train_gpt.py"
         values = {name: list(value) if isinstance(value, tuple) else value
                   for name, value in self.config.flat().items()}
-        used = any((self.folder / name).exists() for name in ("checkpoint.pt", "artifact.bin", "result.json"))
+        kept = ("checkpoint.pt", "artifact.bin", "result.json", "replay.bin")
+        used = any((self.folder / name).exists() for name in kept)
         if path.exists() and used:
             old = read_json_object(path, f"RUN_ID={self.folder.name}").get("settings", {})
             changed = [f"{name}={old.get(name)} -> {value}" for name, value in values.items()
@@ -8657,6 +8819,7 @@ class Run:
     def keep(self, **parts: Any) -> None:
         """Put parts into result.json, at once."""
         self.result |= parts
+        self.unsealed = True
         if self.world.first:
             write_json(self.folder / "result.json", self.result)
 
@@ -8857,12 +9020,13 @@ def load_calibration(run: Run) -> Calibration | None:
 
 class Built(NamedTuple):
     """One model as it would be written: its bytes, what every tensor took, the output errors of matrices with several
-    visits, the hash of the weights that a reader must get, and the codes of ternary weights."""
+    visits, the hash of the weights that a reader must get, the codes of ternary weights and their bytes."""
     data: bytes
     entries: list[Entry]
     visits: dict[str, dict[str, float]]
     digest: str
     trits: list[np.ndarray]
+    trit_bytes: float
 
 
 class Squeeze:
@@ -8899,10 +9063,11 @@ class Squeeze:
             data, spent = pack_artifact(stored, self.facts, self.codecs)
             visits = {name: row.visits for name, row in solved.items() if len(row.visits) > 1}
             size = len(data)
+            ternary = [name for name, row in solved.items() if row.stored.route.format == "ternary"]
             self.built[size] = Built(data, [self.entry(name, row, spent) for name, row in solved.items()], visits,
                                      weights_digest({name: row.decoded for name, row in solved.items()}),
-                                     [row.stored.coded.codes.numpy() for row in solved.values()
-                                      if row.stored.route.format == "ternary"])
+                                     [solved[name].stored.coded.codes.numpy() for name in ternary],
+                                     sum(spent[name][1] - spent[name][2] for name in ternary))
         return self.run.world.same(size)
 
     def entry(self, name: str, row: Solved, spent: Mapping[str, tuple[str, float, float]]) -> Entry:
@@ -8949,15 +9114,16 @@ def squeeze_table(entries: list[Entry]) -> list[str]:
     return lines
 
 
-def trit_bits(trits: list[np.ndarray], entries: list[Entry]) -> dict[str, float]:
-    """Bits a ternary weight, scales apart: in the file; the zeroth-order entropy, which a coder that looks around can
-    go below, and its share of the file's (Shannon efficiency); five a byte, and these through zlib. {} without any."""
+def trit_bits(trits: list[np.ndarray], size: float) -> dict[str, float]:
+    """Bits a ternary weight, scales apart, from the codes and the bytes they took: in the file; the zeroth-order
+    entropy, which a coder that looks around can go below, and its share of the file's (Shannon efficiency); five a
+    byte, and these through zlib. {} without any."""
     count = sum(map(np.size, trits))
     if not count:
         return {}
     packed = base3_pack([codes.reshape(len(codes), -1) for codes in trits], -1, 1)
-    coded = 8 * sum(row.bytes - row.scale_bytes for row in entries if row.format == "ternary") / count
     entropy = entropy_bits(np.concatenate([codes.ravel() for codes in trits])) / count
+    coded = 8 * size / count
     return {"coded": coded, "entropy": entropy, "efficiency": entropy / coded, "base3": 8 * len(packed) / count,
             "base3_zlib": 8 * len(zlib.compress(packed, 9)) / count}
 
@@ -8977,14 +9143,14 @@ def stage_write(run: Run) -> None:
     fit = squeeze.fit(settings.target_bytes - code) if settings.fit else Fit(0.0, squeeze.build(None), 1, "FIT=0")
     if not run.world.first:
         return
-    data, entries, visits, digest, trits = squeeze.built[fit.size]
+    data, entries, visits, digest, trits, trit_bytes = squeeze.built[fit.size]
     save_artifact(run.folder / "artifact.bin", data)
     for entry in entries:
         run.log.event("tensor", **{key: None if value != value else value for key, value in entry._asdict().items()},
                       visits=visits.get(entry.name))
     for line in squeeze_table(entries):
         run.log.line(line)
-    told = trit_bits(trits, entries)
+    told = trit_bits(trits, trit_bytes)
     if told:
         run.log.line("bits a trit: in the file {coded:.4f}, entropy by itself {entropy:.4f} (efficiency "
                      "{efficiency:.4f}), five a byte {base3:.4f}, that with zlib {base3_zlib:.4f}; at most log2 3 = "
@@ -9157,6 +9323,26 @@ def result_digest(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
+def seal(run: Run) -> None:
+    """Bind what result.json and the artifact are now into the log, and after a report into the receipt."""
+    artifact = run.result.get("artifact", {}).get("sha256")
+    run.log.event("result", artifact_sha256=artifact, result_sha256=result_digest(run.result))
+    run.unsealed = False
+    if run.world.first and "budget" in run.result:
+        _tool(run, "receipt.py", *([run.config.run.sign_key] if run.config.run.sign_key else []))
+
+
+def check_sign_key(run: Run) -> None:
+    """ConfigError, before any work, where SIGN_KEY cannot sign; a key is made where there is none."""
+    fault, path = "", Path(run.config.run.tools_path) / "receipt.py"
+    if run.world.first and run.config.run.sign_key:
+        done = subprocess.run([sys.executable, str(path), "--key", run.config.run.sign_key], capture_output=True,
+                              text=True)
+        fault = (done.stderr.strip() or f"SIGN_KEY: {path} failed").splitlines()[-1] if done.returncode else ""
+    if fault := run.world.same(fault):
+        raise ConfigError(fault)
+
+
 def _tool(run: Run, name: str, *words: str) -> str | None:
     """Output of tools/<name> on the run folder; None, with a line that says so, where the tool is absent or fails."""
     path = Path(run.config.run.tools_path) / name
@@ -9202,8 +9388,7 @@ def stage_report(run: Run) -> None:
              budget={"train_seconds": spent[0], "strict_train_seconds": strict, "eval_seconds": evaluation, "ok": ok,
                      "strict_ok": not limits[0] or strict <= limits[0]})
     run.keep(alarms=find_alarms(run.result, config.data.vocab_size) if "scores" in run.result else [])
-    run.log.event("result", artifact_sha256=artifact.get("sha256"), result_sha256=result_digest(run.result))
-    _tool(run, "receipt.py", *([config.run.sign_key] if config.run.sign_key else []))
+    seal(run)
     picture = _tool(run, "plot.py")
     for line in final_table(run.result, config):
         run.log.line(line)
@@ -9259,6 +9444,7 @@ def find_alarms(result: dict[str, Any], vocab_size: int) -> list[str]:
     return alarms
 
 
+@functools.cache
 def provenance() -> dict[str, str]:
     """Hash and commit of the readable source: from the packed file's first line, or from the file and its checkout."""
     if not BAKED:
@@ -9393,11 +9579,14 @@ def run_stages(config: Config, env: Mapping[str, str]) -> None:
         if odd := [rank for rank, facts in enumerate(same) if facts != same[0]]:
             raise ConfigError(f"WORLD_SIZE={world.size}: rank {odd[0]} has other settings, another script or other "
                               "data than rank 0")
+        check_sign_key(run)
         run.log.event("began", seed=config.run.seed, config_hash=config.digest(), code_sha256=sha256_file(__file__),
                       manifest_sha256=run.data().manifest_sha256, **provenance())
         for stage in config.run.stages:
             STAGES[stage](run)
             world.barrier()
+        if run.unsealed:
+            seal(run)
     finally:
         run.log.close()
     # Not after a failure: taking a group apart waits for peers that may be waiting for this rank.

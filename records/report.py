@@ -3,9 +3,10 @@
     python records/report.py [FOLDER ...] [--out report.html]      a page; without folders those in runs/ and records/
     python records/report.py [FOLDER ...] --markdown               the table alone, for a README
 
-A run folder counts with what its result.json says, a record with its submission.json; both are read, never run. A run
-is ranked by the evaluator that scored its artifact best, a record by its mean. Other text on other documents is another
-contest: entries are ranked within one validation split, told apart by the bytes that were scored.
+A run folder counts with what its result.json says, a record with its submission.json; both are read within limits and
+never run, and what cannot be read is named and left out. A run is ranked by the evaluator that scored its artifact
+best, a record by its mean. Other text on other documents is another contest: entries are ranked within one validation
+split, told apart by the bytes that were scored.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -26,13 +26,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from records.folder import LOG_LIMIT_BYTES, Folder, FolderError, shown  # noqa: E402
 from tools import plot  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_BYTES = 256 << 20  # of a file that is read
 MOST_CURVES, MOST_BARS = 12, 16
 LEAST_GAP = 0.055  # between two labels, as a share of the axis
 
@@ -69,17 +69,10 @@ class Entry(NamedTuple):
         return self.model_bytes + self.code_bytes if known else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; ReportError for anything else."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"over {MOST_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no object")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: cannot be read ({error})") from None
+def part(value: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object inside an object; empty where there is none."""
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def number(value: Any) -> float | None:
@@ -92,25 +85,32 @@ def whole(value: Any) -> int | None:
     return None if number(value) is None else int(value)
 
 
-def read_run(folder: Path) -> Entry | None:
+def read_run(folder: Folder) -> Entry | None:
     """A run; None where it has scored no artifact yet."""
-    result = read_json(folder / "result.json")
-    found = {name: number(score.get("val_bpb")) for name, score in (result.get("scores") or {}).items()}
+    result = folder.json("result.json").value
+    found = {name: number(score.get("val_bpb")) for name, score in part(result, "scores").items()
+             if isinstance(score, dict)}
     scores = {name: value for name, value in found.items() if value is not None}
     ranked = {name: value for name, value in scores.items() if name not in plot.DIAGNOSTICS}
     if not ranked:
         return None
     evaluator = min(ranked, key=ranked.get)
-    events = plot.read_events(folder / "events.jsonl")[0] if (folder / "events.jsonl").exists() else []
-    steps = plot.valid_events(events)[0]["step"]
-    artifact, budget = result.get("artifact") or {}, result.get("budget") or {}
-    return Entry(folder.name, "run", " + ".join(filter(None, (result.get("preset"), result.get("overlay")))),
+    events = plot.parse_events(folder.read("events.jsonl", LOG_LIMIT_BYTES))[0] if (
+        "events.jsonl" in folder.files) else []
+    artifact, budget, data = part(result, "artifact"), part(result, "budget"), part(result, "data")
+    kept = budget.get("ok")
+    try:
+        curve = plot.smooth(plot.make_curve(plot.valid_events(events)[0]["step"], "train_loss"))
+        parts = plot.byte_parts(events, {"artifact": artifact})[0]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FolderError("events.jsonl: has events that no run writes") from None
+    return Entry(folder.root.resolve().name, "run",
+                 " + ".join(str(name) for name in (result.get("preset"), result.get("overlay")) if name),
                  ranked[evaluator], evaluator, scores, whole(artifact.get("model_bytes")),
                  whole(artifact.get("code_bytes")), number(budget.get("train_seconds")),
-                 number(result.get("eval_seconds")), whole((result.get("train") or {}).get("steps")),
-                 whole((result.get("data") or {}).get("val_bytes")), str(result.get("seed", "")), budget.get("ok"),
-                 in_bits(plot.smooth(plot.make_curve(steps, "train_loss")), result.get("data") or {}),
-                 plot.byte_parts(events, result)[0])
+                 number(result.get("eval_seconds")), whole(part(result, "train").get("steps")),
+                 whole(data.get("val_bytes")), str(result.get("seed", "")),
+                 kept if isinstance(kept, bool) else None, in_bits(curve, data), parts)
 
 
 def in_bits(losses: plot.Curve, data: dict[str, Any]) -> plot.Curve:
@@ -122,9 +122,9 @@ def in_bits(losses: plot.Curve, data: dict[str, Any]) -> plot.Curve:
     return plot.Curve(losses.x, plot.bits_per_byte(np.array(losses.y) * tokens, np.array(size)).tolist())
 
 
-def read_record(folder: Path) -> Entry | None:
+def read_record(folder: Folder) -> Entry | None:
     """A record; None where it claims no score."""
-    claim = read_json(folder / "submission.json")
+    claim = folder.json("submission.json").value
     bpb = number(claim.get("val_bpb"))
     if bpb is None:
         return None
@@ -134,17 +134,19 @@ def read_record(folder: Path) -> Entry | None:
     def worst(key: str) -> float | None:
         values = [value for row in rows if (value := number(row.get(key))) is not None]
         return max(values, default=None)
-    return Entry(folder.name, "record", str(claim.get("name", "")), bpb, str(claim.get("metric_label", "")), {},
-                 whole(claim.get("bytes_model")), whole(claim.get("bytes_code")), worst("train_loop_s"),
-                 worst("eval_s"), whole(worst("steps")), whole(claim.get("val_bytes")),
+    return Entry(folder.root.resolve().name, "record", str(claim.get("name", "")), bpb,
+                 str(claim.get("metric_label", "")), {}, whole(claim.get("bytes_model")),
+                 whole(claim.get("bytes_code")), worst("train_loop_s"), worst("eval_s"), whole(worst("steps")),
+                 whole(claim.get("val_bytes")),
                  f"mean of {len(rows)}" if rows else "", None, plot.Curve(), [])
 
 
-READERS: dict[str, Callable[[Path], Entry | None]] = {"result.json": read_run, "submission.json": read_record}
+READERS: dict[str, Callable[[Folder], Entry | None]] = {"result.json": read_run, "submission.json": read_record}
 
 
 def collect(folders: Iterable[Path]) -> list[Entry]:
-    """The entries in these folders, the best first; a folder that holds neither file is searched one level down."""
+    """The entries in these folders, the best first; a folder that holds neither file is searched two levels down. What
+    cannot be read is named on standard error."""
     found: list[Entry] = []
     for folder in folders:
         if not folder.is_dir():
@@ -152,9 +154,15 @@ def collect(folders: Iterable[Path]) -> list[Entry]:
         inside = [folder] if any((folder / name).exists() for name in READERS) else sorted(
             {path.parent for name in READERS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{name}")})
         for place in inside:
-            reader = next(READERS[name] for name in READERS if (place / name).exists())
-            if (entry := reader(place)) is not None:
-                found.append(entry)
+            try:
+                held = Folder(place)
+                reader = next((READERS[name] for name in READERS if name in held.files), None)
+                if reader is None:
+                    raise FolderError("result.json or submission.json: is no plain file")
+                if (entry := reader(held)) is not None:
+                    found.append(entry)
+            except FolderError as error:
+                print(f"{place}: left out: {error}", file=sys.stderr)
     return sorted(found, key=lambda entry: (-(entry.val_bytes or 0), entry.bpb, entry.name))
 
 
@@ -166,15 +174,16 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "bits per byte": lambda entry: f"{entry.bpb:.4f}", "by": lambda entry: entry.evaluator,
     "other scores": lambda entry: ", ".join(f"{name} {value:.4f}" for name, value in entry.scores.items()
                                             if name != entry.evaluator),
-    "model bytes": lambda entry: shown(entry.model_bytes), "code bytes": lambda entry: shown(entry.code_bytes),
-    "total": lambda entry: shown(entry.total_bytes), "steps": lambda entry: shown(entry.steps),
-    "train s": lambda entry: shown(entry.train_seconds), "eval s": lambda entry: shown(entry.eval_seconds),
+    "model bytes": lambda entry: count_text(entry.model_bytes),
+    "code bytes": lambda entry: count_text(entry.code_bytes),
+    "total": lambda entry: count_text(entry.total_bytes), "steps": lambda entry: count_text(entry.steps),
+    "train s": lambda entry: count_text(entry.train_seconds), "eval s": lambda entry: count_text(entry.eval_seconds),
     "budget": lambda entry: {True: "kept", False: "over", None: ""}[entry.ok],
-    "scored bytes": lambda entry: shown(entry.val_bytes)}
+    "scored bytes": lambda entry: count_text(entry.val_bytes)}
 LEFT = ("what", "preset", "by", "other scores")
 
 
-def shown(value: float | None) -> str:
+def count_text(value: float | None) -> str:
     """A number with separators, whole ones without decimals; empty for None."""
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
@@ -221,6 +230,11 @@ def label_right(axes: Axes, points: list[tuple[float, str, str]]) -> None:
                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5)})
 
 
+def label(rank: int, entry: Entry) -> str:
+    """An entry's number and name, which is text and no formula, however strange."""
+    return f"{rank + 1} {shown(entry.name, 32)}".replace("$", r"\$")
+
+
 def colour_of(rank: int) -> str:
     """The colour of an entry, the same in every plot."""
     return plot.SCORE_COLOURS[rank % len(plot.SCORE_COLOURS)]
@@ -239,7 +253,7 @@ def scatter(entries: list[Entry], read: Callable[[Entry], float | None], title: 
     axes.set_ylim(min(heights) - pad, max(heights) + pad)
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_xscale("log")
-    label_right(axes, [(entry.bpb, f"{rank + 1} {entry.name[:34]}", colour_of(rank)) for rank, _, entry in points])
+    label_right(axes, [(entry.bpb, label(rank, entry), colour_of(rank)) for rank, _, entry in points])
     plot.finish(axes, title, x, "bits per byte")
     return figure
 
@@ -255,7 +269,7 @@ def curves(entries: list[Entry]) -> Figure | None:
     # The first steps are several times the rest and would squeeze it together.
     later = [y for _, entry in known for y in entry.curve.y[len(entry.curve.y) // 10:]]
     axes.set_ylim(min(later) - 0.05, max(later) + 0.05)
-    label_right(axes, [(entry.curve.y[-1], f"{rank + 1} {entry.name[:34]}", colour_of(rank)) for rank, entry in known])
+    label_right(axes, [(entry.curve.y[-1], label(rank, entry), colour_of(rank)) for rank, entry in known])
     plot.finish(axes, "Training loss, smoothed", plot.TRAINING_TIME, "bits per byte of validation")
     return figure
 
@@ -275,7 +289,7 @@ def bars(entries: list[Entry]) -> Figure | None:
         if any(sizes):
             seen.append(axes.barh(range(len(known)), sizes, left=left, color=colour, label=kind))
             left = [a + b for a, b in zip(left, sizes, strict=True)]
-    axes.set_yticks(range(len(known)), [f"{rank + 1} {entry.name[:30]}" for rank, entry in known], fontsize=9)
+    axes.set_yticks(range(len(known)), [label(rank, entry) for rank, entry in known], fontsize=9)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     figure.legend(handles=seen, loc="lower center", ncol=len(seen), fontsize=8.5)

@@ -1,6 +1,5 @@
 """What all tests share: synthetic data made by the project's own tool, small configurations, launches of two ranks."""
 
-import functools
 import json
 import os
 import random
@@ -34,23 +33,23 @@ SMALL = {"OVERLAY": "tiny", "VOCAB_SIZE": str(MINI_VOCAB), "MODEL_DIM": "32", "N
          "VAL_LOSS_EVERY": "0", "TTT_DOWN_LR": "0", "BIGRAM_VOCAB_SIZE": "0"}
 
 
-PACKED: dict[str, bytes] = {}
+SIZES: dict[str, int] = {}
 
 
 @pytest.fixture(autouse=True, scope="session")
-def packed_once() -> Iterator[None]:
-    """Runs in this process count the script's bytes. Packing takes seconds, so all of them share the packed file of the
+def counted_once() -> Iterator[None]:
+    """Runs in this process count the script's bytes. Packing takes seconds, so all of them count the packed file of the
     first one here, whose size is nearly theirs. Packing itself is tested by itself, and by launches."""
-    pack_self = train_gpt.pack_self
+    code_bytes = train_gpt.Run.code_bytes.func
 
-    @functools.wraps(pack_self)
-    def pack(config: train_gpt.Config) -> bytes:
-        key = f"{train_gpt.__file__} {config.run.tools_path}"
-        if key not in PACKED:
-            PACKED[key] = pack_self(config)
-        return PACKED[key]
+    def counted(run: train_gpt.Run) -> int:
+        if not (Path(run.config.run.tools_path) / "pack.py").exists():
+            return code_bytes(run)
+        if train_gpt.__file__ not in SIZES:
+            SIZES[train_gpt.__file__] = code_bytes(run)
+        return SIZES[train_gpt.__file__]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "pack_self", pack)
+        patch.setattr(train_gpt.Run, "code_bytes", property(counted))
         yield
 
 

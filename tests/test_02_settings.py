@@ -74,7 +74,8 @@ BROKEN_RULES = [
     ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"], ["EFLA=1"], ["TITANS_DEPTH=2"], ["CONV_SIZE=2"],
     ["STACK=D", "ATTN_GATE=dense"], ["STACK=(A)*2", "CRAWLER_LOOP_ROPE_SCALES=3,2,1"], ["QAT_KIND=noise"],
     ["PERSISTENT_SLOTS=2"], ["TITANS_CONTEXT=1", "STACK=T{value=2}"], ["EFLA=1", "ALLOW_NEG_EIGVAL=1", "STACK=D"],
-    ["LOOP_INSTRUCTIONS=flow"], ["CRAWLER_TAP_DIM=2", "STACK=(A)*2 A"], ["CRAWLER_CADENCE_LATE=2", "STACK=A (A)*2"],
+    ["LOOP_INSTRUCTIONS=flow"], ["LOOP_STATE=exact"], ["STACK=A (A)*1..3~2"],
+    ["CRAWLER_TAP_DIM=2", "STACK=(A)*2 A"], ["CRAWLER_CADENCE_LATE=2", "STACK=A (A)*2"],
     ["LOOP_AWARE_GPTQ=1", "SOLVER=nearest", "STACK=(A)*2"], ["QAT_PARTS=loops", "QAT_START=0"],
     ["TRAIN_BATCH_TOKENS=300"], ["EVAL_STRIDE=65"], ["EVAL_BATCH_TOKENS=63"],
     ["TTT_CHUNK_SIZE=65", "TTT_EVAL_SEQ_LEN=64"],
@@ -83,7 +84,7 @@ BROKEN_RULES = [
     ["TTT_DOWN_LR=0.1", "TTT_SITES=q,down"], ["WARMDOWN_FRAC=0.5", "WARMDOWN_ITERS=5"],
     ["MAX_WALLCLOCK_SECONDS=5", "RESERVE_SECONDS=5"], ["RUN_ID=../x"], ["CODEC=auto,zlib"],
     ["FIT=1", "MATRIX_FORMAT=ternary", "EMBED_FORMAT=fp8"], ["GPTQ_SEQUENTIAL=1", "SOLVER=nearest"],
-    ["STAGES=evaluate"]]
+    ["SIGN_KEY=key.pem", "STAGES=train"], ["REFERENCE_RUN=x", "STAGES=report"], ["STAGES=evaluate"]]
 
 
 @pytest.mark.parametrize("words, rule", list(zip(BROKEN_RULES, RULES, strict=True)))
@@ -149,7 +150,8 @@ def test_stack_order(stack, order):
 @pytest.mark.parametrize("stack", [
     "", "Q", "A{", "A{x=1}", "A{mlp=}", "A0", "(A)", "(A)*0", "(A)*2@1", "(A)*3@0.5*2@0.6", "(A)*2@0.5*3@0.4", "[A]",
     "[A]0",
-    "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*1..4~2", "[A]99999",
+    "(A", "A)", "[A)2", "()*2", "((A)*2)*2", "A4 x", "A600", "(A512)*9", "A 3", "(A)*2@", "(A)*0..4~2",
+    "(A)*1..4~5", "(A)*1..4", "(A)*4..1~2", "(A)*1..4~2@0.5", "[A]99999",
     "A99999999999", "A3 A0",
     "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}", "D{conv=1.5}", "D{conv=900}", "A{key=2}",
     "D{kv=3}", "G{xsa=1}", "D{gate=2}", "K",

@@ -30,9 +30,12 @@ from train_gpt import (
     make_spans,
     place_in_document,
     plan_layers,
+    plan_phase,
     plan_text,
+    random_depth,
     rms_norm,
     rotary_tables,
+    round_tokens,
     short_conv,
     span_breaks,
 )
@@ -75,7 +78,10 @@ MIXERS_AND_LOOPS = {"deep memory": {"STACK": "T2", "TITANS_DEPTH": 2, "MIXER_CHU
          "static": {"STACK": "A (A)*2@0.5*3@0.7", "LOOP_INSTRUCTIONS": "static", "INST_DIM": 4, "ANCHOR_DIM": 3},
          "gelu and places": {"STACK": "(A)*3 A{mlp=3}", "MLP_ACT": "gelu", "POSITIONS": "learned", "POSITION_ROWS": 256,
                              "POST_NORM": 1, "ROPE_DIMS": -1, "LOGIT_BIAS": 1},
+         "held state": {"STACK": "A (A D{mlp=0})*3 A", "LOOP_STATE": "exact"},
+         "drawn passes": {"STACK": "A (A2)*1..4~2 A", "LOOP_STATE": "euler", "LOOP_SKIPS": 0, "ANCHOR_DIM": 3},
          "low-rank paths": {"STACK": "A (D)*2 A{mlp=0}", "HGF_RANK": 3},
+         "8-bit activations": {"STACK": "A G", "ACT_INT8": 1},
          "radial places": {"STACK": "A D", "POSITIONS": "radial", "EXTRA_NORMS": 1, "SOFTCAP_TYPE": "poly"},
          "position": {"STACK": "(A{xsa=1} X)*2 A{xsa=0} (G)*2", "LOOP_INSTRUCTIONS": "position", "SMEAR_CHANNELS": 1}}
 CONFIGS = [*(pytest.param(preset_config(preset), id=preset) for preset in PRESETS),
@@ -128,11 +134,13 @@ def test_without_isolation_documents_do_see_each_other():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_parameter_is_trained(config):
-    """Each parameter is in the graph of some phase and gets a gradient that is not zero once branches are open."""
+    """Each parameter is in the graph of some phase, or of the deepest plan that training draws, and gets a gradient
+    that is not zero once branches are open."""
     model, tokens = case(config)
     coverage = Coverage(model)
     moved = set()
-    for phase in phases(model):
+    deepest = [plan_phase(config.model, 0.0, deepest=True)] if random_depth(config.model.stack) else []
+    for phase in (*phases(model), *deepest):
         model.zero_grad(set_to_none=True)
         make_loss(model, phase)(tokens, tokens.roll(-1, 1), document_index(tokens)).backward()
         coverage.saw_phase()
@@ -498,3 +506,17 @@ def test_baselines_norm_is_torchs_default():
     x = torch.full((4, 64), 0.005, dtype=torch.bfloat16)
     wanted = torch.nn.functional.rms_norm(x, (64,))
     assert torch.equal(rms_norm(x, preset_config("baseline").model.norm_eps), wanted)
+
+
+def test_rounded_tokens_are_255_steps_and_pass_gradients():
+    """Every token has its own grid; the error is at most half a step, zeros stay, and the gradient is that of x."""
+    x = torch.randn(4, 7, 64) * torch.tensor([1e-3, 1.0, 50.0, 0.0])[:, None, None]
+    x.requires_grad_()
+    y = round_tokens(x)
+    step = x.detach().abs().amax(-1, keepdim=True) / 127
+    assert ((y - x).abs() <= step / 2 * 1.001 + 1e-9).all() and not y[3].any()
+    codes = (y / step.clamp_min(1e-5 / 127)).detach()[:3]
+    assert torch.allclose(codes, codes.round(), atol=1e-2) and codes.abs().max() <= 127.01
+    weights = torch.randn(x.shape)
+    (y * weights).sum().backward()
+    assert torch.equal(x.grad, weights)

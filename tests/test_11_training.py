@@ -175,7 +175,8 @@ TERNARY = {"PRESET": "radial", "STACK": "A (A)*2 A", "GROUP_SIZE": 8, "CAGS": "p
 
 @pytest.mark.dist
 @pytest.mark.parametrize("parts, dtype, near", [
-    (RECORD, "float32", 2e-5), (CRAWLER, "float32", 2e-5), (CRAWLER, "bfloat16", 0.03), (TERNARY, "float16", 0.03)])
+    (RECORD, "float32", 2e-5), (RECORD, "bfloat16", 0.03), (CRAWLER, "float32", 2e-5), (CRAWLER, "bfloat16", 0.03),
+    (TERNARY, "float16", 0.03)])
 def test_two_ranks_equal_one_with_every_part(mini, tmp_path, parts, dtype, near):
     """The record stack and the crawler with all other parts on as well, over their changes of plan and of context;
     a ternary stack in float16, as small GPUs train it."""
@@ -390,9 +391,9 @@ def test_every_phase_and_context_that_occurs_is_warmed_up():
     trainer = Trainer.__new__(Trainer)
     trainer.config = small_config(PRESET="caseops", STACK="A (A)*2@0.35 A2", TRAIN_SEQ_SCHEDULE="16@0.1,32@0.7,64@1",
                                   MICRO_BATCH_TOKENS=64)
-    trainer.model, trainer.short = make_model(trainer.config), None
+    trainer.model, trainer.own, trainer.drawn = make_model(trainer.config), None, False
     assert trainer.shapes() == [(0, 16), (0, 32), (1, 32), (1, 64)]
-    trainer.short = plan_phase(trainer.model.settings, 0.0, 1)  # with a cadence one more, in every context
+    trainer.own = plan_phase(trainer.model.settings, 0.0, 1)  # with a cadence one more, in every context
     assert trainer.shapes() == [(0, 16), (0, 32), (1, 32), (1, 64), (2, 16), (2, 32), (2, 64)]
     trainer.model.packed = True
     assert trainer.shapes() == [(0, 64), (1, 64), (2, 64)]
@@ -544,12 +545,12 @@ def test_cadence_chooses_the_plan_by_the_rate(mini, tmp_path):
         plans.append(trainer.plan_at(Progress(trainer.step, trainer.step / 20, 20.0 - trainer.step)))
     wanted = [0 if step % (2 if step < 10 else 3) == 0 and step < 16 else 1 for step in range(20)]
     assert plans == wanted
-    assert [step.block for step in trainer.short.steps] == [0, 1, 2] and len(trainer.model.phases[0].steps) == 5
+    assert [step.block for step in trainer.own.steps] == [0, 1, 2] and len(trainer.model.phases[0].steps) == 5
     assert main(small_words(mini, tmp_path, RUN_ID="cadence", ITERATIONS=8, STAGES="train", **words), {}) == 0
     assert losses(tmp_path / "cadence")[8] < losses(tmp_path / "cadence")[1]
     seconds, _ = qat_trainer(mini, tmp_path, **{**words, **dict.fromkeys(
         ("CRAWLER_CADENCE_EARLY", "CRAWLER_CADENCE_MAIN", "CRAWLER_CADENCE_LATE"), 1)})
-    assert seconds.short is None and seconds.plan_at(Progress(7, 0.9, 1.0)) == 0
+    assert seconds.own is None and seconds.plan_at(Progress(7, 0.9, 1.0)) == 0
 
 
 # -- training at the weights as they will be stored

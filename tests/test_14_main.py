@@ -69,8 +69,8 @@ def test_run_folder_is_complete(finished, preset):
     size = (folder / "artifact.bin").stat().st_size
     config = train_gpt.load_config(small_words("x", "x", PRESET=preset, EVAL=ALL), {}, gpus=0)
     code = found["artifact"]["code_bytes"]
-    # The readable file ran, a packed one is counted (the tests share one).
-    assert found["artifact"]["model_bytes"] == size and code == len(train_gpt.pack_self(config))
+    # The readable file ran, a packed one is counted (the tests share one; tests/test_pack.py has each preset's).
+    assert found["artifact"]["model_bytes"] == size and 40_000 < code < 80_000
     assert found["artifact"]["total_bytes"] == size + code < found["artifact"]["limit_bytes"] == 16_000_000
     # In so few steps an fp8 embedding takes few values, which code better than Gaussian ones.
     near = 0.15 if config.artifact.embed_format == "fp8" else 0.05

@@ -125,6 +125,80 @@ def test_what_was_changed_shows(folder, spoil, said, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_is_sealed_again(mini, folder, capsys):
+    """Evaluated anew, with another stride or without a report, its result is bound again; a signed receipt is only
+    replaced by a signed one."""
+    words = small_words(mini, folder.parent, **WORDS, ITERATIONS=24, STAGES="evaluate,report", RUN_ID=folder.name)
+    signed = (folder / "receipt.json").read_bytes()
+    assert main(words, {}) == 0
+    assert (folder / "receipt.json").read_bytes() == signed and "was signed by" in (folder / "train.log").read_text()
+    assert any("receipt.json: " in fault for fault in receipt.check(folder))
+    key = folder.parent / "other.pem"
+    assert main([*words, f"SIGN_KEY={key}"], {}) == 0
+    assert receipt.check(folder) == [] and receipt.signer(folder) != json.loads(signed)["public_key"]
+    capsys.readouterr()
+    assert receipt.main(["--check", str(folder)]) == 0
+    assert f"signed by {receipt.signer(folder)}" in capsys.readouterr().out
+
+
+def test_a_key_that_cannot_sign_is_found_before_any_work(mini, tmp_path, capsys):
+    (tmp_path / "bad.pem").write_text("nothing")
+    words = small_words(mini, tmp_path, **WORDS, ITERATIONS=2, STAGES="train,report", RUN_ID="x")
+    assert main([*words, f"SIGN_KEY={tmp_path / 'bad.pem'}"], {}) == 2
+    assert "must be a file with an Ed25519 key" in capsys.readouterr().err
+    assert not (tmp_path / "x" / "checkpoint.pt").exists()
+
+
+def test_other_settings_before_anything_was_kept_and_another_script(mini, tmp_path):
+    """A run that ended before it held anything may begin anew with other settings; one that goes on may not have had
+    another script."""
+    words = small_words(mini, tmp_path, **WORDS, STAGES=STAGES, RUN_ID="anew")
+    assert main([*words, "ITERATIONS=8", "SYNC_CHECK_EVERY=1", "MATRIX_LR=1e30", "SCALAR_LR=1e30"], {}) != 0
+    assert main([*words, "ITERATIONS=8"], {}) == 0
+    folder = tmp_path / "anew"
+    began = [event["config_hash"] for event in events(folder, "began")]
+    assert len(set(began)) == 2 and receipt.check(folder) == []
+    chain, lines = "", []
+    for line in lines_of(folder):
+        event = json.loads(line)
+        del event["chain"]
+        if event["event"] == "start" and len(lines) > 4:
+            lines.append({"event": "began", "t": 0, **{name: event.get(name) for name in receipt.BEGAN}})
+        lines.append(event)
+    at = max(place for place, event in enumerate(lines) if event["event"] == "step")
+    lines.insert(at, {**next(event for event in reversed(lines) if event["event"] == "began"), "code_sha256": "0"})
+    texts = []
+    for event in lines:
+        body = json.dumps(event)
+        chain = link(chain, body)
+        texts.append(f'{body[:-1]}, "chain": "{chain}"}}')
+    write_lines(folder, texts)
+    assert "events.jsonl: its processes began with different code_sha256" in receipt.check(folder)
+
+
+def test_a_reference_with_a_cut_line_and_redone_steps(tmp_path):
+    """What came after the checkpoint never happened, nor did an earlier start."""
+    steps = [{"event": "step", "step": step, "frac": step / 20, "train_loss": 1.0} for step in range(20)]
+    redone = [{**step, "train_loss": 9.0} for step in steps[3:8]]
+    lines = [json.dumps(event) for event in ({"event": "start"}, {**steps[4], "train_loss": 7.0}, {"event": "start"},
+                                             *steps[:3], *redone, {"event": "resume", "step": 2}, *steps[3:])]
+    lines.insert(9, '{"event": "st')
+    write_lines(tmp_path, lines)
+    assert reference_losses(str(tmp_path)) == [(0.25, 1.0), (0.5, 1.0), (0.75, 1.0)]
+
+
+def test_a_run_resumed_just_before_a_mark_is_not_judged_there():
+    trainer = train_gpt.Trainer.__new__(train_gpt.Trainer)
+    trainer.reference, trainer.begun, trainer.flying = [(0.25, 1.0), (0.5, 1.0)], None, []
+    trainer.config = train_gpt.load_config(small_words("x", "x"), {}, gpus=0)
+    trainer.step, trainer.recent, trainer.log = 5, [(0.24, 3.0)], Log(None, lambda: 0.0)
+    trainer.meet_reference(0.24)
+    trainer.meet_reference(0.26)
+    trainer.recent += [(0.46, 0.9), (0.49, 0.9)]
+    trainer.meet_reference(0.51)
+    assert trainer.reference == [] and trainer.begun == 0.24
+
+
 def test_a_kill_leaves_a_cut_line_and_the_chain_goes_on(tmp_path):
     """The next process goes on behind the last whole line, and what was cut counts for nothing."""
     log = Log(tmp_path, lambda: 0.0)

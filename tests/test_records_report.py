@@ -79,12 +79,31 @@ def test_labels_stay_apart():
     assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= 0.0549
 
 
-@pytest.mark.parametrize(("content", "said"), [("{", "cannot be read"), ("[1]", "no object"), ("[" * 99999, "cannot")])
-def test_a_damaged_file_is_one_line(tmp_path, capsys, content, said):
-    (tmp_path / "result.json").write_text(content)
-    assert report.main([str(tmp_path)]) == 2
-    assert said in (error := capsys.readouterr().err) and len(error.strip().splitlines()) == 1
+@pytest.mark.parametrize(("content", "said"), [
+    ("{", "is not JSON"), ("[1]", "must be a JSON object"), ("[" * 99999, "left out"),
+    ('{"scores": {"sliding": {"val_bpb": 1.5}}, "artifact": [], "budget": {"ok": "yes"}, "preset": 3, "data": 1}', "")])
+def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys, content, said):
+    """One bad folder costs its own entry only."""
+    write_run(tmp_path / "good", 1.8)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "result.json").write_text(content)
+    names = [entry.name for entry in report.collect([tmp_path])]
+    assert names == (["good"] if said else ["good", "bad"]) and said in capsys.readouterr().err
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     assert report.main([str(tmp_path / "nowhere")]) == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_no_link_is_followed_and_strange_events_are_left_out(tmp_path, capsys):
+    for name in ("link", "odd", "$a$b"):
+        write_run(tmp_path / name, 1.8)
+    (tmp_path / "link" / "result.json").unlink()
+    (tmp_path / "link" / "result.json").symlink_to("/dev/zero")
+    (tmp_path / "odd" / "events.jsonl").write_text('{"event": "step"}\n')
+    entries = report.collect([tmp_path])
+    assert [entry.name for entry in entries] == ["$a$b"]
+    said = capsys.readouterr().err
+    assert "is no plain file" in said and "events that no run writes" in said
+    assert report.page(entries).count("data:image") == 4
 
 
 def test_the_table_for_a_readme(tmp_path, capsys):

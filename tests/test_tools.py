@@ -421,7 +421,8 @@ def test_documents_make_the_picture_taller(tmp_path, nats):
 def test_ternary_weights_make_the_picture_taller(tmp_path):
     """Zeros, bits and churn over training time; what a killed life wrote is not drawn; one point has no churn."""
     def trits(step, zeros):
-        return {"event": "trits", "step": step, "train_seconds": step / 2, "zeros": zeros, "bits": 1.5, "churn": 0.1}
+        return {"event": "trits", "step": step, "train_seconds": step / 2, "zeros": zeros, "bits": 1.5,
+                **({"churn": 0.1} if step > 2 else {})}
     events = [step_event(i, 3.0, i / 2) for i in range(1, 9)] + [trits(i, i / 8) for i in (2, 4, 6, 8)]
     write_run(tmp_path, events)
     assert plot.main([str(tmp_path)]) == 0

@@ -139,8 +139,13 @@ class Series:
 
 def read_events(path: Path) -> tuple[list[dict], int]:
     """Returns the events of a file and the number of lines that are not whole (a killed process leaves one)."""
+    return parse_events(path.read_bytes())
+
+
+def parse_events(data: bytes) -> tuple[list[dict], int]:
+    """Returns the same of a file's content."""
     events, broken = [], 0
-    for line in path.read_bytes().splitlines():
+    for line in data.splitlines():
         try:
             event = json.loads(line)
         except ValueError:
@@ -208,7 +213,7 @@ def tensor_part(event: dict) -> Part:
     """Returns one tensor as a part: `blocks.3.mlp.up.weight` is `3 up`, a feed-forward; other roles keep their name."""
     words = [word for word in event["name"].split(".") if word not in ("blocks", "weight")]
     kind = next((MODULES[word] for word in words if word in MODULES), event["role"])
-    if event["role"] == "matrix":
+    if event["role"] in ("matrix", "factor"):
         label = " ".join([word for word in words[:-1] if word.isdigit()] + words[-1:])
     elif event["role"] == "embedding":
         label = "embedding"
@@ -528,8 +533,8 @@ def draw_trits(axes: Axes, series: Series) -> None:
 
 
 def draw_churn(axes: Axes, series: Series) -> None:
-    """The share of ternary weights that changed between two points; the first has nothing before it."""
-    x, y = series.churn.x[1:], series.churn.y[1:]
+    """The share of ternary weights that changed between two points; the first of a process has none before it."""
+    x, y = series.churn.x, series.churn.y
     axes.plot(x, y, color=GREEN, marker="o", linewidth=2.2)
     axes.set_ylim(0, 1.08 * max([*y, 1e-9]))
     if not y:

@@ -3,6 +3,7 @@
     python tools/receipt.py RUN_FOLDER [KEY_FILE]     writes receipt.json; with a key file (made where there is none)
                                                       it is signed with Ed25519
     python tools/receipt.py --check RUN_FOLDER        says what in the folder does not fit together; exit code 3 then
+    python tools/receipt.py --key KEY_FILE            makes the key where there is none, and looks whether it can sign
 
 Every line of events.jsonl ends with the hash of itself and of the chain before it, so a line that is edited, dropped or
 moved breaks the chain there. Its events say with which settings, script and data the run began and what its result.json
@@ -48,8 +49,13 @@ def read_chain(path: Path) -> tuple[list[dict[str, Any]], str, list[str]]:
         wanted, chain = gpt.link(chain, body), found[1]
         if chain != wanted:
             faults.append(f"line {number}: its chain does not follow from the lines before it")
-        event = json.loads(body)
-        if cut and event.get("event") != "began":
+        try:
+            event = json.loads(body)
+            name = event["event"]
+        except (ValueError, KeyError, TypeError):
+            faults.append(f"line {number}: is no event")
+            continue
+        if cut and name != "began":
             faults.append(f"line {cut}: is cut short, but no process began behind it")
         cut = 0
         events.append(event)
@@ -62,14 +68,20 @@ def facts(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         events, chain, faults = read_chain(folder / "events.jsonl")
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError("result.json is no object")
     except (OSError, ValueError) as error:
         raise ReceiptError(f"{folder}: must be a run folder with events.jsonl and result.json ({error})") from None
-    began = [event for event in events if event["event"] == "began"]
+    # A training that starts anew leaves what other settings had begun in the same folder, and kept nothing of.
+    starts = [place for place, event in enumerate(events) if event["event"] == "start"]
+    places = [place for place, event in enumerate(events) if event["event"] == "began"]
+    began = [events[place] for place in places if not starts or place >= max(
+        (other for other in places if other < starts[-1]), default=0)]
     ended = [event for event in events if event["event"] == "result"]
     if not began or not ended:
         return {}, [*faults, "events.jsonl: says nothing of a beginning or of a result"]
     last = {name: began[-1].get(name) for name in BEGAN}
-    for name in ("config_hash", "manifest_sha256", "seed"):
+    for name in ("config_hash", "code_sha256", "manifest_sha256", "seed"):
         if len({json.dumps(event.get(name)) for event in began}) > 1:
             faults.append(f"events.jsonl: its processes began with different {name}")
     said = {**{name: result.get(name) for name in BEGAN if name != "manifest_sha256"},
@@ -87,17 +99,13 @@ def facts(folder: Path) -> tuple[dict[str, Any], list[str]]:
             "chain": chain}, faults
 
 
-def signed_bytes(receipt: dict[str, Any]) -> bytes:
-    """What is signed: everything but the signature."""
-    return json.dumps({name: value for name, value in receipt.items() if name != "signature"}, sort_keys=True).encode()
-
-
-def sign(receipt: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The receipt with public key and signature; a private key is made, readable by its owner only, where the file is
-    not there."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
+def read_key(path: Path) -> Any:
+    """The Ed25519 key in a file; one is made, readable by its owner only, where the file is not there."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    except ImportError:
+        raise ReceiptError(f"SIGN_KEY={path}: needs the package cryptography") from None
     try:
         if not path.exists():
             made = Ed25519PrivateKey.generate().private_bytes(
@@ -109,9 +117,28 @@ def sign(receipt: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ReceiptError(f"SIGN_KEY={path}: must be a file with an Ed25519 key in PEM ({error})") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ReceiptError(f"SIGN_KEY={path}: must be an Ed25519 key")
-    public = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    receipt = {**receipt, "public_key": public.hex()}
+    return key
+
+
+def signed_bytes(receipt: dict[str, Any]) -> bytes:
+    """What is signed: everything but the signature."""
+    return json.dumps({name: value for name, value in receipt.items() if name != "signature"}, sort_keys=True).encode()
+
+
+def sign(receipt: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The receipt with public key and signature."""
+    key = read_key(path)
+    receipt = {**receipt, "public_key": key.public_key().public_bytes_raw().hex()}
     return {**receipt, "signature": key.sign(signed_bytes(receipt)).hex()}
+
+
+def signer(folder: Path) -> str:
+    """The public key of a folder's receipt, empty where it has none or is not signed."""
+    try:
+        receipt = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))
+        return str(receipt["public_key"]) if "signature" in receipt else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def check(folder: Path) -> list[str]:
@@ -133,9 +160,11 @@ def check(folder: Path) -> list[str]:
 
 def check_signature(receipt: dict[str, Any]) -> list[str]:
     """[] where the signature is that of the receipt's public key."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ImportError:
+        raise ReceiptError("receipt.json: is signed, and to look at that needs the package cryptography") from None
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(receipt["public_key"]))
         key.verify(bytes.fromhex(receipt["signature"]), signed_bytes(receipt))
@@ -146,17 +175,23 @@ def check_signature(receipt: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Returns 0, 2 for a mistake of the user, 3 where something does not fit together."""
-    words = [word for word in argv if word != "--check"]
-    if not 1 <= len(words) <= 2 - ("--check" in argv):
+    words = [word for word in argv if word not in ("--check", "--key")]
+    if not 1 <= len(words) <= 2 - (len(words) != len(argv)):
         print(__doc__, file=sys.stderr)
         return 2
     folder = Path(words[0])
     try:
+        if "--key" in argv:
+            read_key(folder)
+            return 0
         if "--check" in argv:
-            faults = check(folder)
-            print("\n".join(faults) if faults else f"{folder}: events, result, script and artifact fit together")
+            faults, by = check(folder), signer(folder)
+            print("\n".join(faults) if faults else f"{folder}: events, result, script and artifact fit together; "
+                  + (f"signed by {by}" if by else "not signed"))
             return 3 if faults else 0
         receipt, faults = facts(folder)
+        if len(words) == 1 and (by := signer(folder)):
+            faults.append(f"receipt.json: was signed by {by}, and no SIGN_KEY signs it again; it stays as it was")
         if faults:
             print("\n".join(faults), file=sys.stderr)
             return 3
