@@ -5502,8 +5502,8 @@ class Mezo:
         plus, minus = self.probe(step, loss)
         self.fill(step, float(plus - minus) / 2)
         grads = [parameter.grad for parameter in self.optimizer.parameters.values()]
-        norm, clip = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))), (
-            self.optimizer.settings.grad_clip_norm)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        clip = self.optimizer.settings.grad_clip_norm
         slope = self.slope * (clip / float(norm) if clip and norm > clip else 1.0)
         row = struct.unpack(self.ROW, struct.pack(self.ROW, slope, factor, frac, float(plus + minus) / 2))
         self.fill(step, row[0])
