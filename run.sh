@@ -9,7 +9,7 @@ usage: ./run.sh [NAME=value ...]             train, write the artifact, score it
        ./run.sh test [PYTEST ARGUMENT ...]   lint and tests
        ./run.sh bench gptq|codec|formats|fit|schedule|ttt|ngram [RUN_FOLDER] [NAME=value ...]
                                              benchmarks; bench --help says more
-       ./run.sh bench presets|parts|crawler|ternary [NAME=value ...]
+       ./run.sh bench presets|parts|crawler|ternary|hybrid [NAME=value ...]
                                              systems, or changes of one, trained on equal terms and compared in pairs
        ./run.sh bench speed [NAME=value ...] step time, kernels and optimizer of a preset against this machine's peaks
        ./run.sh sweep [NAME] NAME=value,value ... [--trials N] [--jobs N]
@@ -17,6 +17,8 @@ usage: ./run.sh [NAME=value ...]             train, write the artifact, score it
        ./run.sh watch [RUN]                  a live run: loss, bits per byte, speed, time left, bytes
        ./run.sh plan [--gpus N] [--price P] [--speed FILE] [NAME=value ...]
                                              steps, bytes, seconds and money before anything is rented
+       ./run.sh generate FROM=RUN_FOLDER PROMPT=TEXT [NAME=value ...]
+                                             text from a run's artifact; generate --help says more
        ./run.sh record make|verify|compare|report ...
                                              folders of records; record --help says more
        ./run.sh setup                        only make .venv and install requirements.txt
@@ -121,7 +123,7 @@ if [[ ${1:-} == test || ${1:-} == record || ${1:-} == --explain ]]; then
   task=$1
   shift
 else
-  case ${1:-} in bench | sweep | watch | plan) task=$1 && shift ;; esac
+  case ${1:-} in bench | sweep | watch | plan | generate) task=$1 && shift ;; esac
   tool=$task  # what its own words are for
   for word in "$@"; do  # afterwards "$@" holds the settings for train_gpt.py, or a tool's words, in their order
     shift
@@ -134,6 +136,7 @@ else
         export "${word?}"
         ;;
       setup | --plan | --presets | --help) task=$word ;;
+      STAGES=generate) task=generate ;;
       -h) task=--help ;;
       [A-Za-z_]*=*) set -- "$@" "$word" ;;
       *) fail "$word: must be a setting NAME=value or a command (./run.sh --help lists both)" ;;
@@ -168,7 +171,7 @@ case $task in
     set_up "$task"
     exec "$PY" train_gpt.py "$task" "$@"
     ;;
-  bench | sweep | watch)
+  bench | sweep | watch | generate)
     set_up "$task"
     exec "$PY" "tools/$task.py" "$@"
     ;;

@@ -76,6 +76,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ==== 02 SETTINGS ===========================================================================================
 # A setting is declared once, here: default, bounds or choices, unit, one line of help. Parsing, validation,
@@ -228,6 +229,19 @@ class ModelSettings:
                               "the group: exact zero-order hold, or Euler's step", choices=("none", "exact", "euler"))
     anchor_dim: int = setting(0, "channels a position that passes of a ( ) group write and later passes read; 0 is off",
                               unit="channels", low=0)
+    moe_experts: int = setting(0, "experts into which a feed-forward is split, beside those that every token takes; "
+                               "MLP_MULT stays the width of all together; 0 is none", low=0, high=256)
+    moe_topk: int = setting(1, "experts that a token chooses", low=1, high=64)
+    moe_shared: int = setting(1, "parts of that width, as wide as an expert, that every token takes", low=0, high=64)
+    retrieval_bits: int = setting(0, "binary code of a final state, by which earlier ones of the document are found, "
+                                  "and what followed those is added; 0 is off", unit="bits", low=0, high=4096)
+    retrieval_top: int = setting(4, "how many are taken", unit="tokens", low=2, high=256)
+    inplace_layers: str = setting("", "blocks whose second feed-forward matrix learns from the text as it is read, for "
+                                  "example 3,7: in-place test-time training")
+    inplace_lr: float = setting(0.3, "how much a token writes into it", low=0.0, high=100.0)
+    inplace_chunk: int = setting(512, "what a chunk writes, the next chunks read", unit="tokens", low=1)
+    inplace_momentum: float = setting(0.0, "share of a chunk's writing that the next one repeats", low=0.0, high=0.99)
+    inplace_decay: float = setting(1.0, "share of what is written that a chunk leaves", low=0.0, high=1.0)
 
 
 @group
@@ -249,6 +263,7 @@ class OptimSettings:
     cags: str = setting("none", "steps of ternary latents grow near the border between two trits where zeros are near: "
                         "of the gradient as published, or of the update", choices=("none", "published", "placed"))
     cags_alpha: float = setting(0.8, "how much", low=0.0, high=10.0)
+    moe_gamma: float = setting(1e-3, "step of the biases that balance the load of experts", low=0.0, high=1.0)
     rate_term: float = setting(0.0, "pull of ternary latents near the border towards zero, as a share of the rate: "
                                "fewer bits a trit", low=0.0, high=100.0)
     muon_backend: str = setting("newton_schulz", "iteration that orthogonalises the update",
@@ -298,6 +313,8 @@ class TrainSettings:
                                          "once, while the rate is above half of the full one; 0: all visit once", low=0)
     crawler_cadence_main: int = setting(1, "the same while the rate is above a fifth", low=0)
     crawler_cadence_late: int = setting(1, "the same below", low=0)
+    grad_checkpoint: bool = setting(False, "each visit of a block is computed again on the way back instead of kept: "
+                                    "less memory for about a third more work")
     pass_drop: float = setting(0.0, "chance that a pass of a ( ) group is left out of a micro-batch in training",
                                low=0.0, high=0.9)
     reference_run: str = setting("", "finished run folder; the run ends where at 25, 50 or 75 % its loss is more than "
@@ -370,7 +387,7 @@ class ArtifactSettings:
     target_bytes: int = setting(LIMIT_BYTES, "code plus model may not be larger", unit="bytes", low=1, high=LIMIT_BYTES)
 
 
-EVALUATOR_NAMES = ("contiguous", "sliding", "document", "ttt", "ngram")
+EVALUATOR_NAMES = ("contiguous", "sliding", "document", "ttt", "ngram", "valve")
 
 
 @group
@@ -384,6 +401,14 @@ class EvalSettings:
     audit: bool = setting(False, "try to make each evaluator break the rules, on the artifact and a slice of the "
                           "validation split", scope="run")
     audit_tokens: int = setting(4096, "targets of that slice, in whole documents", unit="tokens", low=2, scope="run")
+    eval_passes: int = setting(0, "passes in evaluation of ( ) groups whose passes training draws, at most what it "
+                               "draws; 0 is their mean", low=0, high=999)
+    loop_exit: float = setting(0.0, "in evaluation a position leaves a ( ) group when a pass changes it by less than "
+                               "this share; 0 is never", low=0.0, high=1.0)
+    valve_passes: tuple[float, ...] = setting((1.0, 2.0, 4.0), "passes that EVAL=valve chooses from for each "
+                                              "chunk of a document", low=1, high=999)
+    valve_bits: float = setting(2.0, "it takes the first below half this mean entropy of the chunk before, the second "
+                                "below it, else the last", unit="bits", low=0.0, high=20.0)
     eval_shrink: bool = setting(False, "where the forecast is over the budget, take settings that fit and keep them",
                                 scope="run")
 
@@ -479,10 +504,10 @@ def parse_seq_schedule(settings: TrainSettings) -> tuple[tuple[float, int], ...]
         (0.0, settings.train_seq_len),)
 
 
-def parse_layers(text: str) -> frozenset[int]:
-    """The blocks that VE_LAYERS names; ConfigError where it is no list of numbers."""
+def parse_layers(text: str, name: str = "VE_LAYERS") -> frozenset[int]:
+    """The blocks that a setting names; ConfigError where it is no list of numbers."""
     if not re.fullmatch(r"\s*(\d{1,3}\s*(,\s*\d{1,3}\s*)*)?", text):
-        raise ConfigError(f"VE_LAYERS={text}: must be numbers of blocks with commas between them, or empty")
+        raise ConfigError(f"{name}={text}: must be numbers of blocks with commas between them, or empty")
     return frozenset(map(int, filter(str.strip, text.split(","))))
 
 
@@ -683,7 +708,7 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model.softcap_type == "tanh" or c.model.logit_softcap and not c.model.asym_logit_rescale,
      "SOFTCAP_TYPE=poly: needs LOGIT_SOFTCAP above 0 and ASYM_LOGIT_RESCALE=0"),
     (lambda c: c.model.positions in ("none", "radial") or c.model.position_rows >= max(
-        c.train.train_seq_len, c.eval.eval_seq_len, c.ttt.ttt_eval_seq_len * ("ttt" in c.eval.eval)),
+        c.train.train_seq_len, c.eval.eval_seq_len, c.ttt.ttt_eval_seq_len * bool({"ttt", "valve"} & {*c.eval.eval})),
      "POSITION_ROWS={model.position_rows}: POSITIONS={model.positions} would begin again within "
      "TRAIN_SEQ_LEN={train.train_seq_len}, EVAL_SEQ_LEN={eval.eval_seq_len} or "
      "TTT_EVAL_SEQ_LEN={ttt.ttt_eval_seq_len}"),
@@ -758,6 +783,36 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         cadences(c.train) == {1} and not (c.model.unet_skips and c.model.loop_skips)),
      "STACK={model.stack}: a random number of passes needs LOOP_STATE, which gives what stands before the group its "
      "gradient, PASS_DROP=0, no CRAWLER_CADENCE, and LOOP_SKIPS=0 or UNET_SKIPS=0"),
+    (lambda c: not c.eval.eval_passes or random_depth(c.model.stack) and c.eval.eval_passes <= max(
+        item.depth[1] for item in parse_stack(c.model.stack)[1] if item.depth),
+     "EVAL_PASSES={eval.eval_passes}: needs a ( ) group in STACK={model.stack} whose passes training draws, so many "
+     "at least"),
+    (lambda c: not c.eval.loop_exit or c.model.loop_state != "none",
+     "LOOP_EXIT={eval.loop_exit}: needs LOOP_STATE, whose passes come to rest"),
+    (lambda c: "valve" not in c.eval.eval or len(c.eval.valve_passes) == 3 and random_depth(c.model.stack) and all(
+        passes == int(passes) for passes in c.eval.valve_passes) and max(
+        c.eval.valve_passes) <= max(item.depth[1] for item in parse_stack(c.model.stack)[1] if item.depth),
+     "VALVE_PASSES={eval.valve_passes}: EVAL=valve needs three whole numbers, and a ( ) group in STACK={model.stack} "
+     "whose passes training draws, as many at least"),
+    (lambda c: not has_experts(c.model) or c.optim.matrix_optimizer != "mezo",
+     "MOE_EXPERTS, or moe in STACK={model.stack}: not with MATRIX_OPTIMIZER=mezo, experts are balanced by gradients"),
+    (lambda c: all(EXPERT_STEP <= split_width(c.model, hidden, experts) and c.model.moe_topk < experts
+                   for hidden, experts in feed_forwards(c.model) if experts and hidden),
+     "MOE_TOPK={model.moe_topk}, MOE_SHARED={model.moe_shared}: a block with experts in STACK={model.stack} must have "
+     "more than MOE_TOPK of them, and its MLP_MULT at least 8 channels for each"),
+    (lambda c: parse_layers(c.model.inplace_layers, "INPLACE_LAYERS") <= {
+        block for block, (hidden, experts) in enumerate(feed_forwards(c.model)) if hidden and (
+            c.model.moe_shared or not experts)},
+     "INPLACE_LAYERS={model.inplace_layers}: must be blocks of STACK={model.stack} with a feed-forward, and with "
+     "MOE_SHARED where they have experts"),
+    (lambda c: not c.model.inplace_layers or c.model.inplace_chunk < min(
+        length for _, length in parse_seq_schedule(c.train)),
+     "INPLACE_CHUNK={model.inplace_chunk}: must be less than every length of rows in training, TRAIN_SEQ_LEN="
+     "{train.train_seq_len} and TRAIN_SEQ_SCHEDULE={train.train_seq_schedule}, or nothing is read"),
+    (lambda c: c.model.moe_shared or not has_experts(c.model) or not (
+        {"up", "down"} & set(c.ttt.ttt_sites) or c.ttt.ttt_down_lr),
+     "MOE_SHARED=0: TTT_SITES={ttt.ttt_sites} and TTT_DOWN_LR={ttt.ttt_down_lr} must leave up and down, which are "
+     "those of the shared part"),
     (lambda c: not c.model.crawler_tap_dim or 0 not in parse_stack(c.model.stack)[1][0].blocks or
      parse_stack(c.model.stack)[1][0].most == 1,
      "CRAWLER_TAP_DIM={model.crawler_tap_dim}: nothing stands before the first ( ) group of STACK={model.stack}"),
@@ -868,8 +923,8 @@ class Block(NamedTuple):
 
 # What {key=value} behind a letter changes: the model's setting, and the letters that have it.
 OVERRIDES: dict[str, tuple[str, str]] = {
-    "mlp": ("mlp_mult", "ADGXT"), "heads": ("num_heads", "ADGXT"), "kv": ("num_kv_heads", "A"),
-    "xsa": ("xsa_last_n", "A"), "key": ("expand_k", "DGXT"), "value": ("expand_v", "DGXT"),
+    "mlp": ("mlp_mult", "ADGXT"), "moe": ("moe_experts", "ADGXT"), "heads": ("num_heads", "ADGXT"),
+    "kv": ("num_kv_heads", "A"), "xsa": ("xsa_last_n", "A"), "key": ("expand_k", "DGXT"), "value": ("expand_v", "DGXT"),
     "conv": ("conv_size", "DGXT"), "gate": ("mixer_gate", "DGXT")}
 # Letter -> the operation of KERNELS that mixes positions. A attention, D delta rule, G gated delta rule, X mLSTM,
 # T Titans memory (of depth 1; "deep" stands for 2).
@@ -991,6 +1046,26 @@ def letters_of(stack: str) -> set[str]:
 def repeats(stack: str) -> bool:
     """Whether a STACK has a ( ) group with several passes."""
     return any(item.most > 1 for item in parse_stack(stack)[1])
+
+
+EXPERT_STEP = 8  # what the widths of experts are multiples of, for grouped products
+
+
+def split_width(settings: ModelSettings, hidden: int, experts: int) -> int:
+    """The width of an expert: all of a block's, and the parts that every token takes, are as wide together as its whole
+    feed-forward would be, or a little less."""
+    return hidden // (experts + settings.moe_shared) // EXPERT_STEP * EXPERT_STEP
+
+
+def feed_forwards(settings: ModelSettings) -> list[tuple[int, int]]:
+    """(width, experts) of the feed-forward of each block."""
+    own = [own_settings(settings, block) for block in parse_stack(settings.stack)[0]]
+    return [(round(one.mlp_mult * one.model_dim), one.moe_experts) for one in own]
+
+
+def has_experts(settings: ModelSettings) -> bool:
+    """Whether a feed-forward is split into experts."""
+    return any(experts for _, experts in feed_forwards(settings))
 
 
 def random_depth(stack: str) -> bool:
@@ -1156,8 +1231,8 @@ PRESETS: dict[str, Preset] = {
     "chimera": Preset(
         "the hybrid stack at 16 MB: gated delta rules, an mLSTM and attention, the middle looped with a state that "
         "fades, passes drawn for each row, ternary weights, norms before every matrix; mended: mixers are what they "
-        "are called and strictly causal, the state's decay is below 1 by construction; experts, in-place learning, "
-        "valve, retrieval and spans are not built",
+        "are called and strictly causal, the state's decay is below 1 by construction; experts, in-place learning "
+        "and retrieval are settings, off; spans are not built",
         "Chimera 5.1: a plan and placeholder code, no score was published; shape after its honest reduction",
         {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192, "STACK": "G A (G2 X A)*1..4~2 G A",
          "MODEL_DIM": 768, "MLP_MULT": 4.0, "EXPAND_K": 2 / 3, "EXPAND_V": 4 / 3, "EXTRA_NORMS": True,
@@ -1166,7 +1241,7 @@ PRESETS: dict[str, Preset] = {
          "WARMDOWN_ITERS": 0, "WARMDOWN_FRAC": 0.5, "MATRIX_FORMAT": "ternary", "GROUP_SIZE": 128,
          "TERNARY_SCALE": "nonzero", "EMBED_FORMAT": "fp8",
          "POLICY": "embed_proj.weight: fp8; head_proj.weight: fp8", "QAT_START": 0.0, "CODEC": "context,range,brotli"},
-        {"tiny": {"DATA_PATH": "./data/datasets/wikitext2_sp2048", "STACK": "G (X A)*1..3~2 A", "EMBED_DIM": 96,
+        {"tiny": {"DATA_PATH": "./data/datasets/wikitext2_sp2048", "STACK": "G (X A)*1..4~2 A", "EMBED_DIM": 96,
                   "EXPAND_K": 1.0, "EXPAND_V": 1.0, "TIED_EMBED_INIT_STD": 0.02, "MUON_MOMENTUM_WARMUP_STEPS": 100,
                   "MIXER_CHUNK": 32}}),
     "sixteen": Preset(
@@ -2560,6 +2635,110 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return torch.ops.sixteen.mlp(x.reshape(-1, x.shape[-1]), up, down, slope)[0].view(*x.shape[:-1], -1)
 
 
+def experts_reference(x: Tensor, ups: Tensor, downs: Tensor, chosen: Tensor, shares: Tensor,
+                      inner: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each token through the experts it chose: x (N, D), ups (E, F, D), downs (E, D, F), chosen (N, k) numbers of
+    experts, shares (N, k) of what they find; `inner` bends hidden values (..., F) -> (N, D). Every expert sees all
+    tokens here."""
+    out = torch.zeros_like(x)
+    for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        found = F.linear(inner(F.linear(x, up.to(x.dtype))), down.to(x.dtype))
+        out = out + ((chosen == expert).to(x.dtype) * shares.to(x.dtype)).sum(1, keepdim=True) * found
+    return out
+
+
+def experts_grouped(x: Tensor, ups: Tensor, downs: Tensor, chosen: Tensor, shares: Tensor,
+                    inner: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same with tokens sorted by expert, so that each goes through its own alone. No token is dropped, no shape
+    hangs on what is chosen, and the host is not waited for. A compiled graph knows grouped products of bf16 alone; one
+    of fp32 holds the reference."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return experts_reference(x, ups, downs, chosen, shares, inner)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    ends = (flat[:, None] == torch.arange(len(ups), device=x.device)).sum(0).cumsum(0).to(torch.int32)
+    rows = x[order // chosen.shape[1]]  # (N k, D)
+    hidden = inner(F.grouped_mm(rows, ups.to(x.dtype).mT, offs=ends))
+    found = F.grouped_mm(hidden, downs.to(x.dtype).mT, offs=ends)[order.argsort()].unflatten(0, chosen.shape)
+    return (found * shares.to(x.dtype)[..., None]).sum(1)
+
+
+def _lacks_grouped(device: torch.device, dtype: torch.dtype, settings: ModelSettings) -> str | None:
+    """Why grouped products cannot run there, or None."""
+    if settings.model_dim % EXPERT_STEP:
+        return f"MODEL_DIM={settings.model_dim} is not a multiple of {EXPERT_STEP}"
+    if not hasattr(F, "grouped_mm"):
+        return "needs a torch with grouped_mm"
+    if device.type != "cuda":
+        return None if dtype in (torch.float32, torch.bfloat16) else f"no grouped products in {str(dtype)[6:]}"
+    return triton_unusable(device) if dtype == torch.bfloat16 else "needs bf16"
+
+
+# -- in-place test-time training: what the tokens of a chunk write into a matrix, later chunks of the document read
+
+
+def written_shares(count: int, momentum: float, decay: float) -> list[float]:
+    """How much of what a chunk wrote stands in the matrix 0, 1, ... count - 1 chunks later; none in itself."""
+    shares, again = [0.0], 1.0
+    for _ in range(count - 1):
+        shares.append(decay * shares[-1] + again)
+        again *= momentum
+    return shares[:count]
+
+
+def written_reference(z: Tensor, v: Tensor, where: "Tensor | Spans | None", size: int, momentum: float, decay: float
+                      ) -> Tensor:
+    """sum_j g v_j (z_j . z_i) over the tokens j of earlier chunks of the document, g of written_shares: z (B, T, F),
+    v (B, T, D) -> (B, T, D). Source: In-Place TTT, arXiv 2604.06169, in its dual form."""
+    docs, chunk = _numbers(where, z.shape[:2]), torch.arange(z.shape[1], device=z.device) // size
+    shares = torch.tensor(written_shares(-(-z.shape[1] // size), momentum, decay), device=z.device, dtype=z.dtype)
+    weight = shares[(chunk[:, None] - chunk).clamp_min(0)]
+    if docs is not None:
+        weight = weight * (docs[:, :, None] == docs[:, None, :])
+    return (z @ z.mT * weight) @ v
+
+
+def written_chunked(z: Tensor, v: Tensor, where: "Tensor | Spans | None", size: int, momentum: float, decay: float
+                    ) -> Tensor:
+    """The same from chunk to chunk: what is written is a matrix (B, F, D), and belongs to one document."""
+    docs, out = _numbers(where, z.shape[:2]), []
+    held = again = z.new_zeros(len(z), z.shape[2], v.shape[2])
+    owner = None if docs is None else docs[:, :1]
+    for begin in range(0, z.shape[1], size):
+        part = slice(begin, begin + size)
+        keys, values = z[:, part], v[:, part]
+        read = keys @ held
+        if docs is not None:
+            own, last = docs[:, part], docs[:, part][:, -1:]
+            read, values = read * (own == owner)[..., None], values * (own == last)[..., None]
+            held, again, owner = held * (last == owner)[..., None], again * (last == owner)[..., None], last
+        out.append(read)
+        again = momentum * again + keys.mT @ values
+        held = decay * held + again
+    return torch.cat(out, 1)
+
+
+# -- retrieval: what followed the states that are most like the own one
+
+
+def recalled_reference(codes: Tensor, stream: Tensor, where: "Tensor | Spans | None", top: int, sharp: Tensor,
+                       new: int) -> Tensor:
+    """For the last `new` of L positions with fp32 codes (B, L, K) of -1 and 1: the mean of the stream (B, L, D) one
+    behind the `top` earlier positions of the document whose codes agree most, of equal ones the nearest, weighed by the
+    softmax of sharp times how much they agree; zeros where there is none yet. (B, new, D)."""
+    docs, length = _numbers(where, codes.shape[:2]), codes.shape[1]
+    own, place = codes[:, length - new:], torch.arange(length, device=codes.device)
+    earlier = (place < place[length - new:, None])[None]
+    if docs is not None:
+        earlier = earlier & (docs[:, length - new:, None] == docs[:, None, :])
+    alike = own @ codes.mT
+    key = (alike.detach().round().long() + codes.shape[-1]) * length + place
+    best, at = key.masked_fill(~earlier, -1).topk(min(top, length), -1)  # (B, new, top)
+    shares = (sharp.float() / codes.shape[-1] * alike.gather(-1, at)).masked_fill(best < 0, -1e9).softmax(-1)
+    behind = stream.gather(1, (at + 1).clamp_max(length - 1).flatten(1)[..., None].expand(-1, -1, stream.shape[-1]))
+    return (behind.unflatten(1, at.shape[1:]) * (shares * (best >= 0)).to(stream.dtype)[..., None]).sum(-2)
+
+
 # -- recurrences: a state a head, reset at every document. Gates, sums of logarithms, solves and states in fp32 or more.
 # The token loop is the definition; the chunked form cuts rows into chunks of C tokens, N a row, does what stays within
 # a chunk for all of them at once, and walks only from chunk to chunk. Every one takes its inputs, `where` (documents
@@ -2975,6 +3154,8 @@ class Kernel(NamedTuple):
     twins: dict[str, Twin]
     value_tolerance: float
     gradient_tolerance: float
+    mixes: bool = True  # positions, so that packed rows must be told to it
+    walks: bool = True  # from chunk to chunk, which a compiled graph holds one by one
 
 
 KERNELS: dict[str, Kernel] = {
@@ -3004,6 +3185,12 @@ KERNELS: dict[str, Kernel] = {
         "chunked": Twin(lambda: titans_chunked, lambda device, dtype, settings: None)}, 2e-5, 2e-4),
     "deep": Kernel(deep_reference, {"chunked": Twin(lambda: deep_chunked, lambda device, dtype, settings: None)},
                    2e-5, 2e-4),
+    "experts": Kernel(experts_reference, {
+        "grouped": Twin(lambda: experts_grouped, _lacks_grouped)},
+        2e-6, 2e-6, False),
+    "written": Kernel(written_reference, {
+        "chunked": Twin(lambda: written_chunked, lambda device, dtype, settings: None)}, 2e-5, 2e-5),
+    "recalled": Kernel(recalled_reference, {}, 0.0, 0.0, walks=False),
 }
 
 
@@ -3022,15 +3209,18 @@ def kernels_of(settings: ModelSettings) -> list[str]:
     mixers = {MIXER_KERNELS[block.letter] for block in parse_stack(settings.stack)[0]}
     if settings.titans_depth == 2 and "titans" in mixers:
         mixers = mixers - {"titans"} | {"deep"}
-    return ["attention", "mean_nats", "mlp", *sorted(mixers - {"attention"})]
+    parts = {"experts": has_experts(settings), "written": bool(settings.inplace_layers),
+             "recalled": bool(settings.retrieval_bits)}
+    return ["attention", "mean_nats", "mlp", *sorted(mixers - {"attention"}),
+            *(name for name, on in parts.items() if on)]
 
 
 class Picked(NamedTuple):
-    """The chosen function of each operation, those of recurrences by name, and whether rows are packed."""
+    """The chosen function of each operation, those that only some models need by name, and whether rows are packed."""
     attention: Callable[..., Tensor]
     mean_nats: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
-    recurrences: dict[str, Callable[..., Any]]
+    others: dict[str, Callable[..., Any]]
     packed: bool = False
     unrolled: bool = False  # a compiled graph would hold a recurrence's chunks one by one: one graph for each length
 
@@ -3038,9 +3228,9 @@ class Picked(NamedTuple):
 def pick_kernels(choice: str, device: torch.device, dtype: torch.dtype = torch.float32,
                  settings: ModelSettings | None = None) -> tuple[Picked, list[str]]:
     """The functions to use on a device, and one printable line an operation saying which, and why not another one.
-    Attention takes packed rows only where the recurrences beside it do."""
+    Attention takes packed rows only where what else mixes positions does."""
     settings = settings or ModelSettings()
-    names, picked, lines, rows_only = kernels_of(settings), {}, [], ""
+    names, picked, lines, rows_only, unrolled = kernels_of(settings), {}, [], "", False
     for name in sorted(names, key=lambda name: name == "attention"):
         kernel, taken = KERNELS[name], "reference"
         reasons = ["KERNELS=reference"] if choice == "reference" else []
@@ -3052,11 +3242,12 @@ def pick_kernels(choice: str, device: torch.device, dtype: torch.dtype = torch.f
             reasons.append(f"{twin_name}: {reason or f'{rows_only} does not take packed rows'}")
         picked[name] = kernel.reference if taken == "reference" else kernel.twins[taken].make()
         packed = taken != "reference" and kernel.twins[taken].packed
-        if name not in Picked._fields and not packed:
+        if name not in Picked._fields and kernel.mixes and not packed:
+            unrolled = unrolled or kernel.walks
             rows_only = f"{taken} {name}"
         lines.append(f"kernel:{name} {taken}" + (f" ({'; '.join(reasons)})" if reasons else ""))
-    recurrences = {name: picked.pop(name) for name in names if name not in Picked._fields}
-    return Picked(**picked, recurrences=recurrences, packed=packed, unrolled=bool(rows_only)), sorted(
+    others = {name: picked.pop(name) for name in names if name not in Picked._fields}
+    return Picked(**picked, others=others, packed=packed, unrolled=unrolled), sorted(
         lines, key=lambda line: names.index(line.split()[0].removeprefix("kernel:")))
 
 
@@ -3460,7 +3651,8 @@ def upper_factor(hessian: Tensor, damping: float) -> Tensor:
 
 def solve_gptq(weight: Tensor, grid: Grid, hessian: Tensor, settings: ArtifactSettings) -> Tensor:
     """Codes (R, C) column by column, the error of each pushed onto the columns still to come. weight (R, C) fp64,
-    hessian (C, C) = sum of x x^T. Columns in the order of falling diagonal; a column without input gets code of 0.
+    hessian (C, C) = sum of x x^T. Columns in the order of falling diagonal; a column without input gets code of 0, a
+    matrix without any (an expert that no token chose) its nearest codes.
     Source: GPTQ, arXiv 2210.17323.
 
     With RATE_ROUNDING a code moves one towards zero where the bits it saves, by a Gaussian of the row around zero, are
@@ -3468,7 +3660,9 @@ def solve_gptq(weight: Tensor, grid: Grid, hessian: Tensor, settings: ArtifactSe
     """
     hessian = hessian.to(weight.dtype).clone()
     dead = hessian.diagonal() <= 0
-    hessian[dead, dead] = 1.0 if dead.all() else hessian.diagonal()[~dead].mean()
+    if dead.all():
+        return grid.snap(weight)
+    hessian[dead, dead] = hessian.diagonal()[~dead].mean()
     rest = torch.where(dead, 0.0, weight)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = upper_factor(hessian[order][:, order], settings.gptq_damping)
@@ -3616,15 +3810,16 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
-def rotary_tables(length: int, dims: int, settings: ModelSettings, like: Tensor, stretch: float = 1.0
+def rotary_tables(length: int, dims: int, settings: ModelSettings, like: Tensor, stretch: float = 1.0, first: int = 0
                   ) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, dims / 2) in like's dtype, from fp32: position times base^(-2j / dims) / stretch; the slowest
-    three quarters are slowed by up to YARN_FACTOR. Sources: RoFormer; YaRN as in the challenge's ternary record."""
+    """cos and sin (T, 1, dims / 2) in like's dtype, from fp32, of positions from `first` on: position times base^(-2j /
+    dims) / stretch; the slowest three quarters are slowed by up to YARN_FACTOR. Sources: RoFormer; YaRN as in the
+    challenge's ternary record."""
     place = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / max(1, dims)
     inverse = settings.rope_base ** -place / stretch
     if settings.yarn_factor != 1:
         inverse = inverse / (1 + ((place - 0.25) / 0.75).clamp(0, 1) * (settings.yarn_factor - 1))
-    angles = torch.arange(length, device=like.device, dtype=torch.float32)[:, None, None] * inverse
+    angles = torch.arange(first, first + length, device=like.device, dtype=torch.float32)[:, None, None] * inverse
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -3637,27 +3832,74 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Sites(NamedTuple):
     """The site names of one visit. `attn` and `mlp` are paths beside the whole part, from its input to its output;
-    `gate` is a recurrent mixer's output gate."""
+    `gate` is a recurrent mixer's output gate, `gates` are the raw ones that rule its state, `route` the scores by which
+    experts are chosen."""
     q: str
     k: str
     v: str
+    gates: str
     gate: str
     o: str
     attn: str
     up: str
     down: str
+    route: str
     mlp: str
+
+
+NEAR_TOKENS = 8  # behind a token, that the parts beside the blocks look at, together
+
+
+class Memory:
+    """What later tokens need of the one document (in every row) that a model has read in pieces: how many tokens that
+    are, the last of them, and by visit and part keys and values, states, and ends of convolutions. Tensors in it are
+    replaced, never changed, so a copy shares them."""
+
+    def __init__(self) -> None:
+        self.length, self.tail, self.held = 0, None, {}
+
+    def copy(self) -> "Memory":
+        """The same, to go on from twice."""
+        other = Memory()
+        other.length, other.tail, other.held = self.length, self.tail, dict(self.held)
+        return other
+
+    def bytes(self) -> int:
+        """Bytes of all that is held."""
+        def size(part: Any) -> int:
+            return part.numel() * part.element_size() if isinstance(part, Tensor) else sum(map(size, part)) if (
+                isinstance(part, tuple)) else 0
+        return sum(map(size, self.held.values())) + size(self.tail)
+
+    def extend(self, key: tuple[int, str], x: Tensor, most: int = 0) -> Tensor:
+        """x (B, T, ...) behind what is held of earlier tokens; at least the last `most` of both are held, 0 is all."""
+        whole = torch.cat([self.held[key], x], 1) if key in self.held else x
+        self.held[key] = whole[:, -most:] if most else whole
+        return whole
 
 
 class Context(NamedTuple):
     """What the visits of one forward share: who may see whom (a mask (B, 1, T, T), spans, or None for plain causal);
     the same as documents (B, T) or None; value embeddings (B, T, K, C) or None; the first visit's values (B, T, K, C),
-    None until there are some; and what this visit's rotary frequencies are divided by."""
+    None until there are some; what this visit's rotary frequencies are divided by; its number; what was read before,
+    None where nothing was; and which rows take part in the visit, 0 or 1, one number or (B, 1, 1), None is all."""
     mask: "Tensor | Spans | None"
     docs: Tensor | None
     embedded: Tensor | None
     first: Tensor | None
     stretch: float = 1.0
+    visit: int = 0
+    memory: Memory | None = None
+    live: Tensor | None = None
+
+    def go_on(self, rule: Callable[..., tuple[Tensor, Any]], inputs: tuple[Any, ...], where: "Tensor | Spans | None",
+              size: int) -> Tensor:
+        """A recurrence on its inputs (B, T, ...), from the state that the memory holds, which is then the new one."""
+        if self.memory is None:
+            return rule(*inputs, where, None, size)[0]
+        key = self.visit, "state"
+        out, self.memory.held[key] = rule(*inputs, where, self.memory.held.get(key), min(size, inputs[0].shape[1]))
+        return out
 
 
 class HeadGate(NamedTuple):
@@ -3679,8 +3921,9 @@ ATTN_GATES: dict[str, HeadGate] = {
 class BlockPlan(NamedTuple):
     """One block with everything resolved: its place, its mixer's letter, heads, key/value heads, feed-forward width;
     the factor on its normalised inputs; the gate on its heads; whether it has exclusive attention, value embeddings,
-    residual lanes; and of a recurrent mixer the channels of a head's keys and values, the width of its convolutions and
-    whether its output has a gate."""
+    residual lanes; of a recurrent mixer the channels of a head's keys and values, the width of its convolutions and
+    whether its output has a gate; how many experts its feed-forward has, 0 where it is whole, and whether that learns
+    from the text in place."""
     index: int
     letter: str
     heads: int
@@ -3695,13 +3938,15 @@ class BlockPlan(NamedTuple):
     value: int
     conv: int
     gated: bool
+    experts: int
+    learns: bool
 
 
 def plan_blocks(settings: ModelSettings) -> tuple[BlockPlan, ...]:
     """The blocks of a STACK, with the model's settings and their own overrides resolved."""
     blocks, _ = parse_stack(settings.stack)
     named, first_lane = parse_layers(settings.ve_layers), settings.parallel_start_layer or len(blocks)
-    plans = []
+    learning, plans = parse_layers(settings.inplace_layers, "INPLACE_LAYERS"), []
     for index, block in enumerate(blocks):
         own, attends = own_settings(settings, block), block.letter == "A"
         exclusive = block.overrides.get("xsa_last_n", index >= len(blocks) - settings.xsa_last_n)
@@ -3710,8 +3955,25 @@ def plan_blocks(settings: ModelSettings) -> tuple[BlockPlan, ...]:
             round(own.mlp_mult * settings.model_dim), (index + 1) ** -0.5 if settings.ln_scale else 1.0,
             ATTN_GATES.get(settings.attn_gate) if attends else None, attends and bool(exclusive), index in named,
             index >= first_lane, round(own.expand_k * settings.model_dim / own.num_heads),
-            round(own.expand_v * settings.model_dim / own.num_heads), own.conv_size, own.mixer_gate))
+            round(own.expand_v * settings.model_dim / own.num_heads), own.conv_size, own.mixer_gate, own.moe_experts,
+            index in learning))
     return tuple(plans)
+
+
+def expert_width(settings: ModelSettings, plan: BlockPlan) -> int:
+    """The width of one expert of a block."""
+    return split_width(settings, plan.hidden, plan.experts)
+
+
+def active_width(settings: ModelSettings, plan: BlockPlan) -> int:
+    """Hidden channels of a feed-forward that one token takes: of all experts where each goes by itself."""
+    each = plan.experts if settings.hgf_rank or settings.act_int8 else settings.moe_topk
+    return expert_width(settings, plan) * (each + settings.moe_shared) if plan.experts else plan.hidden
+
+
+def learning_width(settings: ModelSettings, plan: BlockPlan) -> int:
+    """Hidden channels of what learns in place: of the part that every token takes."""
+    return expert_width(settings, plan) * settings.moe_shared if plan.experts else plan.hidden
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -3753,10 +4015,16 @@ class Attention(nn.Module):
             v = v + self.ve_scale.to(n.dtype) * context.embedded
         if self.residual is not None and context.first is not None:
             v = v + self.residual.sigmoid().to(n.dtype) * context.first
-        cos, sin = rotary_tables(n.shape[1], self.dims, settings, n, context.stretch)
+        memory, length = context.memory, n.shape[1]
+        cos, sin = rotary_tables(length, self.dims, settings, n, context.stretch, memory.length if memory else 0)
         q = rotate(rms_norm(q, eps), cos, sin) * self.q_gain.to(n.dtype)[:, None]
         k = rotate(rms_norm(k, eps), cos, sin)
-        y = self.attend(q, k, v, context.mask)  # (B, T, H, C)
+        if memory is None:
+            y = self.attend(q, k, v, context.mask)  # (B, T, H, C)
+        else:
+            keys, values = memory.extend((context.visit, "keys"), k), memory.extend((context.visit, "values"), v)
+            seen = torch.ones(length, keys.shape[1], dtype=torch.bool, device=n.device).tril(keys.shape[1] - length)
+            y = self.attend(q, keys, values, seen[None, None])
         if self.plan.exclusive:
             y = exclude_own(y, v)
         if (gate := self.plan.gate) is not None:
@@ -3770,27 +4038,189 @@ ACTIVATIONS: dict[str, Callable[[Tensor, ModelSettings], Tensor]] = {
     "relu_sq": lambda x, settings: F.leaky_relu(x, settings.mlp_slope).square(), "gelu": lambda x, settings: F.gelu(x)}
 
 
-class FeedForward(nn.Module):
-    """Two matrices around an activation, on request with a norm before the second. Sources: Primer (squared ReLU), PR
-    549 of the challenge (with a slope), its ternary record (the norm)."""
+class Taught(NamedTuple):
+    """What a feed-forward with experts, or one that learns in place, is told: the embedding stream (B, T, D); documents
+    (B, T) or None; the visit's number, what was read before, and which rows take part."""
+    stream: Tensor
+    docs: Tensor | None
+    visit: int = 0
+    memory: Memory | None = None
+    live: Tensor | None = None
 
-    def __init__(self, width: int, hidden: int, settings: ModelSettings, fused: Callable[..., Tensor]) -> None:
+
+class Written(nn.Module):
+    """What the tokens so far write into the second matrix of a feed-forward: hidden values as keys, and as values what
+    a convolution finds in the embeddings around each, within its chunk. Written by whole chunks, read by later ones of
+    the same document, never by the same; begins as nothing. Source: In-Place TTT, arXiv 2604.06169; here keys have unit
+    length, for hidden values grow with the width and are all positive, and the square matrix on the values is a factor
+    for each channel."""
+
+    TAPS = 5
+
+    def __init__(self, settings: ModelSettings, write: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.settings, self.fused = settings, fused if plain_mlp(settings) else None
+        self.settings, self.write = settings, write
+        self.taps = make_parameter((settings.model_dim, self.TAPS), "gate", 0.0)
+        self.target = make_parameter((settings.model_dim,), "gain", "gaussian")
+
+    def values(self, taught: Taught) -> Tensor:
+        """(B, T, D): the convolution of the stream within chunks and documents, times the factors."""
+        stream, size, half = taught.stream, self.settings.inplace_chunk, self.TAPS // 2
+        place = torch.arange(stream.shape[1], device=stream.device) // size
+        cell = place[None] if taught.docs is None else taught.docs * (place[-1] + 1) + place
+        found = stream * self.taps[:, half].to(stream.dtype)
+        for ahead in range(1, min(half + 1, stream.shape[1])):
+            same = (cell[:, ahead:] == cell[:, :-ahead]).to(stream.dtype)[..., None]
+            for way, pads in ((1, (0, 0, 0, ahead)), (-1, (0, 0, ahead, 0))):
+                brought = (stream[:, ahead:] if way > 0 else stream[:, :-ahead]) * same
+                found = found + F.pad(brought, pads) * self.taps[:, half + way * ahead].to(stream.dtype)
+        return found * self.target.to(stream.dtype)
+
+    def forward(self, hidden: Tensor, taught: Taught) -> Tensor:
+        """What hidden values (B, T, F) read, (B, T, D)."""
+        settings, wide = self.settings, torch.promote_types(hidden.dtype, torch.float32)
+        keys = F.normalize(hidden.to(wide), dim=-1)
+        if taught.memory is not None:
+            return self.go_on(keys, taught).to(hidden.dtype)
+        values = settings.inplace_lr * self.values(taught).to(wide)
+        return self.write(keys, values, taught.docs, settings.inplace_chunk, settings.inplace_momentum,
+                          settings.inplace_decay).to(hidden.dtype)
+
+    def go_on(self, keys: Tensor, taught: Taught) -> Tensor:
+        """The same behind the tokens in the memory, which holds what is written, and of the chunk that is not whole yet
+        its keys and its stream."""
+        memory, settings, out, begin = taught.memory, self.settings, [], 0
+        key = taught.visit, "written"
+        none = keys.new_zeros(len(keys), keys.shape[2], taught.stream.shape[2])
+        held, again, waiting, stream = memory.held.get(key, (none, none, keys[:, :0], taught.stream[:, :0]))
+        while begin < keys.shape[1]:
+            part = slice(begin, begin + settings.inplace_chunk - waiting.shape[1])
+            out.append(keys[:, part] @ held)
+            waiting = torch.cat([waiting, keys[:, part]], 1)
+            stream = torch.cat([stream, taught.stream[:, part]], 1)
+            begin += out[-1].shape[1]
+            if waiting.shape[1] == settings.inplace_chunk:
+                values = settings.inplace_lr * self.values(Taught(stream, None)).to(keys.dtype)
+                again = settings.inplace_momentum * again + waiting.mT @ values
+                held = settings.inplace_decay * held + again
+                waiting, stream = waiting[:, :0], stream[:, :0]
+        memory.held[key] = held, again, waiting, stream
+        return torch.cat(out, 1)
+
+
+# What learns beside a matrix while a text is read.
+LEARNERS: dict[str, type[nn.Module]] = {"written": Written}
+
+
+class FeedForward(nn.Module):
+    """Two matrices around an activation, on request with a norm before the second, and with what the text writes beside
+    that. Sources: Primer (squared ReLU), PR 549 of the challenge (with a slope), its ternary record (the norm)."""
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: "Picked", hidden: int = 0) -> None:
+        super().__init__()
+        width, hidden, self.settings = settings.model_dim, hidden or plan.hidden, settings
+        self.written = LEARNERS["written"](settings, kernels.others["written"]) if plan.learns else None
+        self.fused = kernels.mlp if plain_mlp(settings) and not plan.learns else None
         self.act = ACTIVATIONS[settings.mlp_act]
         self.up = Linear(width, hidden, settings.matrix_init)
         self.down = Linear(hidden, width, 0.0)
 
-    def forward(self, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
-        """n (B, T, D), normalised -> (B, T, D)."""
+    def inner(self, hidden: Tensor) -> Tensor:
+        """What stands between the matrices, (..., F) -> (..., F)."""
+        hidden = self.act(hidden, self.settings)
+        return rms_norm(hidden, self.settings.norm_eps) if self.settings.extra_norms else hidden
+
+    def find(self, n: Tensor, sites: Sites, deltas: Deltas | None, taught: Taught | None = None) -> Tensor:
+        """What it finds in n (B, T, D), without paths beside the whole."""
         if self.fused is not None and (deltas is None or not (sites.up in deltas or sites.down in deltas)):
-            y = self.fused(n, self.up.weight, self.down.weight, self.settings.mlp_slope)
+            return self.fused(n, self.up.weight, self.down.weight, self.settings.mlp_slope)
+        hidden = self.inner(self.up(n, sites.up, deltas))  # (B, T, F)
+        y = self.down(hidden, sites.down, deltas)
+        return y if self.written is None else y + self.written(hidden, taught)
+
+    def forward(self, n: Tensor, sites: Sites, deltas: Deltas | None, taught: Taught | None = None) -> Tensor:
+        """n (B, T, D), normalised -> (B, T, D)."""
+        return add_delta(self.find(n, sites, deltas, taught), n, sites.mlp, deltas)
+
+
+LOAD_SHARE = 1e-6  # of a load in a gradient: nothing in the norm of all gradients, for only its sign is used
+
+
+class Balance(torch.autograd.Function):
+    """Hands shares through; the gradient of the biases is how far each expert's load is from the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, biases: Tensor, load: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(load)
+        return shares.view_as(shares)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
+        load, = ctx.saved_tensors
+        return grad, LOAD_SHARE * (load - load.mean()), None
+
+
+class Experts(nn.Module):
+    """A feed-forward in parts: some that every token takes, and experts of which each token chooses MOE_TOPK by the
+    sigmoid of a score. Biases that balance the load choose but never weigh; they follow the signs of the load's
+    differences, summed over micro-batches and ranks like gradients. The shares of several experts sum to 1; a single
+    one's is twice its score, so that it is weighed at all. Sources: DeepSeek-V3; Wang et al. 2024, Auxiliary-Loss-Free
+    Load Balancing."""
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: "Picked") -> None:
+        super().__init__()
+        width, self.settings, self.run = expert_width(settings, plan), settings, kernels.others["experts"]
+        self.router = make_parameter((plan.experts, settings.model_dim), "gate", "faint")
+        self.biases = make_parameter((plan.experts,), "balance", 0.0)
+        self.shared = FeedForward(settings, plan, kernels, settings.moe_shared * width) if settings.moe_shared else None
+        alone = plan._replace(learns=False)
+        self.routed = nn.ModuleList(FeedForward(settings, alone, kernels, width) for _ in range(plan.experts))
+        for parameter in self.routed.parameters():
+            parameter.rare = True
+
+    def picked(self, scores: Tensor) -> Tensor:
+        """Experts (N, k) with the largest of balanced scores (N, E)."""
+        return scores.topk(min(self.settings.moe_topk, scores.shape[1])).indices
+
+    def tell(self, scores: Tensor) -> dict[str, float]:
+        """How much more than the mean the busiest expert has, for the log."""
+        load = self.picked(scores.flatten(0, -2)).flatten().bincount(minlength=scores.shape[-1]).float()
+        return {"imbalance": float(load.max() / load.mean()) - 1}
+
+    def choose(self, n: Tensor, site: str, deltas: Deltas | None, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Experts (N, k) of tokens n (N, D), and the shares of what they find, fp32; tokens of which `live` (N, 1) is 0
+        are no load."""
+        scores = F.linear(n.float(), self.router.float()).sigmoid()
+        chosen = self.picked(add_delta(scores.detach() + self.biases.detach(), n, site, deltas))
+        taken = scores.gather(1, chosen)
+        shares = 2 * taken if chosen.shape[1] == 1 else taken / taken.sum(1, keepdim=True)
+        load = torch.zeros_like(scores).scatter_(1, chosen, 1.0)
+        load = (load if live is None else load * live).mean(0)
+        return chosen, Balance.apply(shares, self.biases, load)
+
+    def forward(self, n: Tensor, sites: Sites, deltas: Deltas | None, taught: Taught | None = None) -> Tensor:
+        """n (B, T, D), normalised -> (B, T, D)."""
+        flat, first = n.flatten(0, -2), self.routed[0]
+        live = None if taught is None or taught.live is None else taught.live.expand(*n.shape[:-1], 1).reshape(-1, 1)
+        chosen, shares = self.choose(flat, sites.route, deltas, live)
+        named = [sites._replace(up=f"{sites.up}{expert}", down=f"{sites.down}{expert}")
+                 for expert in range(len(self.routed))]
+        watched = deltas is not None and any(site in deltas for own in named for site in (own.up, own.down))
+        if watched or first.up.path is not None or first.up.rounds:
+            y = torch.zeros_like(flat)
+            for expert, (own, part) in enumerate(zip(named, self.routed, strict=True)):
+                picked = chosen == expert
+                # Tokens of other experts enter as zeros, which count for nothing in the moments of this one's inputs.
+                found = part.find(flat * picked.any(1, keepdim=True), own, deltas)
+                y = y + (picked * shares).sum(1, keepdim=True).to(y.dtype) * found
         else:
-            hidden = self.act(self.up(n, sites.up, deltas), self.settings)  # (B, T, F)
-            if self.settings.extra_norms:
-                hidden = rms_norm(hidden, self.settings.norm_eps)
-            y = self.down(hidden, sites.down, deltas)
+            ups, downs = (torch.stack([getattr(part, name).weight for part in self.routed]) for name in ("up", "down"))
+            y = self.run(flat, ups, downs, chosen, shares, first.inner)
+        y = y.view_as(n) if self.shared is None else y.view_as(n) + self.shared.find(n, sites, deltas, taught)
         return add_delta(y, n, sites.mlp, deltas)
+
+
+FEEDS: dict[str, type[nn.Module]] = {"whole": FeedForward, "experts": Experts}
 
 
 class SmearGate(nn.Module):
@@ -3939,19 +4369,30 @@ class Recurrent(nn.Module):
         """Queries (q), keys (k) or values (v) of n (B, T, D), in the heads' channels (B, T, H, C)."""
         x = getattr(self, part)(n, getattr(sites, part), deltas)
         if self.plan.conv:
-            x = short_conv(x, self.convs[part].to(x.dtype), context.docs)
+            whole = x if context.memory is None or self.plan.conv == 1 else context.memory.extend(
+                (context.visit, part), x, self.plan.conv - 1)
+            x = short_conv(whole, self.convs[part].to(x.dtype), context.docs)[:, whole.shape[1] - x.shape[1]:]
         return F.silu(x).unflatten(-1, (self.plan.heads, -1))
 
     def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
         """n (B, T, D), normalised -> what it adds (B, T, D), and None: it has no values for others."""
         parts = [self.read(part, n, context, sites, deltas) for part in "qkv"]
-        return self.finish(self.recalled(n, parts, context), n, sites, deltas), None
+        return self.finish(self.recalled(n, parts, context, sites, deltas), n, sites, deltas), None
 
-    def recalled(self, n: Tensor, parts: list[Tensor], context: Context) -> Tensor:
+    def tell(self, raw: Tensor) -> dict[str, float]:
+        """Means of its gates, for the log, from raw ones (B, T, GATES * H)."""
+        return {}
+
+    def recalled(self, n: Tensor, parts: list[Tensor], context: Context, sites: Sites, deltas: Deltas | None
+                 ) -> Tensor:
         """What the heads bring, (B, T, H, V) in fp32, for n (B, T, D) and its queries, keys and values."""
         wide = torch.promote_types(n.dtype, torch.float32)
-        raw = F.linear(n.to(wide), self.gates.to(wide)).unflatten(-1, (self.GATES, -1)).unbind(-2)
-        return self.recall(*(part.to(wide) for part in parts), list(raw), context)
+        raw = add_delta(F.linear(n.to(wide), self.gates.to(wide)), n, sites.gates, deltas)
+        return self.recall(*(part.to(wide) for part in parts), self.apart(raw), context)
+
+    def apart(self, raw: Tensor) -> list[Tensor]:
+        """Raw gates (B, T, GATES * H) as one (B, T, H) each."""
+        return list(raw.unflatten(-1, (self.GATES, -1)).unbind(-2))
 
     def finish(self, y: Tensor, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
         """What y (B, T, H, V) adds to the stream, (B, T, D)."""
@@ -3969,7 +4410,7 @@ class DeltaNet(Recurrent):
 
     def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
         super().__init__(settings, plan, kernels)
-        self.rule = kernels.recurrences["delta"]
+        self.rule = kernels.others["delta"]
         self.beta_bias = make_parameter((plan.heads,), "gain", 0.0)
 
     def strength(self, k: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -3980,6 +4421,12 @@ class DeltaNet(Recurrent):
             return k, -torch.expm1(-beta * length) / length
         return F.normalize(k, dim=-1), 2 * beta if self.settings.allow_neg_eigval else beta
 
+    def tell(self, raw: Tensor) -> dict[str, float]:
+        own = self.apart(raw)
+        decay, beta = self.decay(own), (own[0] + self.beta_bias.to(raw.dtype)).sigmoid()
+        beta = beta * 2 if self.settings.allow_neg_eigval else beta
+        return {**({} if decay is None else {"alpha": float(decay.exp().mean())}), "beta": float(beta.mean())}
+
     def decay(self, raw: list[Tensor]) -> Tensor | None:
         """The logarithm of what is left of the state at each token, (B, T, H); None is all of it."""
         return None
@@ -3987,8 +4434,8 @@ class DeltaNet(Recurrent):
     def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
         k, beta = self.strength(k, gates[0])
         where = context.mask if isinstance(context.mask, Spans) else context.docs
-        return self.rule(F.normalize(q, dim=-1), k, v, beta, self.decay(gates), where, None,
-                         self.settings.mixer_chunk)[0]
+        return context.go_on(self.rule, (F.normalize(q, dim=-1), k, v, beta, self.decay(gates)), where,
+                             self.settings.mixer_chunk)
 
 
 class GatedDeltaNet(DeltaNet):
@@ -4017,14 +4464,14 @@ class MLSTM(Recurrent):
 
     def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
         super().__init__(settings, plan, kernels)
-        self.rule = kernels.recurrences["mlstm"]
+        self.rule = kernels.others["mlstm"]
         self.input_bias = make_parameter((plan.heads,), "gain", -10.0)
         self.forget_bias = make_parameter((plan.heads,), "gain", "forget")
 
     def recall(self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], context: Context) -> Tensor:
         enter, forget = (bend(raw + bias.to(raw.dtype), GATE_CAP)
                          for raw, bias in zip(gates, (self.input_bias, self.forget_bias), strict=True))
-        return self.rule(q, k, v, enter, forget, context.docs, None, self.settings.mixer_chunk)[0]
+        return context.go_on(self.rule, (q, k, v, enter, forget), context.docs, self.settings.mixer_chunk)
 
 
 MOST_MOMENTUM = 0.95
@@ -4042,7 +4489,7 @@ class Titans(Recurrent):
     def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
         super().__init__(settings, plan, kernels)
         heads, deep = plan.heads, settings.titans_depth == 2
-        self.rule, self.attend = kernels.recurrences["deep" if deep else "titans"], kernels.attention
+        self.rule, self.attend = kernels.others["deep" if deep else "titans"], kernels.attention
         self.forget_bias = make_parameter((heads,), "gain", -4.0)
         self.momentum_bias = make_parameter((heads,), "gain", 0.0)
         self.rate_bias = make_parameter((heads,), "gain", 0.0)
@@ -4064,15 +4511,15 @@ class Titans(Recurrent):
         if self.first is not None:
             # All tokens of a chunk learn at the same weights, so each takes its share of a step.
             rate, more, v = DEEP_RATE * rate / size, (self.first, self.second), rms_norm(v, self.settings.norm_eps)
-        return self.rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, 1 - forget, momentum, rate, *more,
-                         context.docs, None, size)[0]
+        return context.go_on(self.rule, (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, 1 - forget, momentum, rate,
+                                         *more), context.docs, size)
 
     def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
         """As Recurrent's; with TITANS_CONTEXT attention over what is recalled and what is there."""
         if not self.settings.titans_context:
             return super().forward(n, context, sites, deltas)
         q, k, v = parts = [self.read(part, n, context, sites, deltas) for part in "qkv"]
-        recalled = self.recalled(n, parts, context)
+        recalled = self.recalled(n, parts, context, sites, deltas)
         recalled = rms_norm(recalled, self.settings.norm_eps).to(n.dtype).flatten(2)
         past_k, past_v = (self.read(part, recalled, context, sites, deltas) for part in "kv")
         cos, sin = rotary_tables(n.shape[1], self.dims, self.settings, n, context.stretch)
@@ -4113,6 +4560,33 @@ class Smear(nn.Module):
 # left of them when they are normalised.
 TOKEN_PARTS: dict[str, type[nn.Module]] = {"positions": Positions, "bigram": GramHash, "smear": SmearGate,
                                            "blend": Smear, "values": ValueEmbedding}
+
+
+class Retrieval(nn.Module):
+    """Adds to a final state, through a factor for each channel that begins at zero, what followed the states most like
+    it in the same document. Codes are signs; their gradient is tanh's. Source: kNN-LM (Khandelwal et al. 2020) within
+    one document, with the binary codes of Chimera's semantic memory."""
+
+    def __init__(self, settings: ModelSettings, recall: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.settings, self.recall = settings, recall
+        self.code = Linear(settings.model_dim, settings.retrieval_bits, settings.matrix_init)
+        self.sharp = make_parameter((1,), "gain", 8.0)
+        self.strength = make_parameter((settings.model_dim,), "gate", 0.0)
+
+    def forward(self, hidden: Tensor, stream: Tensor, context: Context, deltas: Deltas | None) -> Tensor:
+        """Final states and embedding stream (B, T, D) -> (B, T, D)."""
+        soft = self.code(hidden, "retrieval.code", deltas).float().tanh()
+        codes, length = soft + (torch.where(soft < 0, -1.0, 1.0) - soft).detach(), hidden.shape[1]
+        if context.memory is not None:
+            codes = context.memory.extend((-1, "codes"), codes)
+            stream = context.memory.extend((-1, "stream"), stream)
+        found = self.recall(codes, stream, context.docs, self.settings.retrieval_top, self.sharp, length)
+        return hidden + self.strength.to(hidden.dtype) * found
+
+
+# What is added to the final states.
+ENDINGS: dict[str, type[nn.Module]] = {"retrieval": Retrieval}
 
 
 def token_parts(settings: ModelSettings) -> list[str]:
@@ -4160,14 +4634,16 @@ class Phase(NamedTuple):
         return [(self.steps[step.source].block, step.block) for step in self.steps if step.source is not None]
 
 
-def plan_phase(settings: ModelSettings, start: float, most: int = MAX_VISITS, deepest: bool = False) -> Phase:
+def plan_phase(settings: ModelSettings, start: float, most: int = MAX_VISITS, deepest: bool = False,
+               passes: int = 0) -> Phase:
     """The visits from a fraction of training on, each group in `most` passes at most, or the `deepest` that training
-    can draw. Skips pair visit half + j with
+    can draw, or where it draws them in so many `passes`. Skips pair visit half + j with
     visit half - 1 - j, half being half of those that take part."""
     _, visits = parse_stack(settings.stack)
     blocks, order = plan_blocks(settings), []
     for group, item in enumerate(visits):
         usual = item.most if deepest else max(count for frac, count in item.passes if frac <= start)
+        usual = min(passes, item.most) if passes and item.depth else usual
         for number in range(min(most, usual)):
             order += [(block, Turn(group, number, place == 0, place == len(item.blocks) - 1) if item.grouped else None)
                       for place, block in enumerate(item.blocks)]
@@ -4204,6 +4680,12 @@ def plan_text(settings: ModelSettings) -> str:
               f"{settings.attn_gate} gate": [block.index for block in blocks if block.gate],
               "inputs over sqrt(i + 1)": [block.index for block in blocks if settings.ln_scale],
               "value embeddings": [block.index for block in blocks if block.embedded],
+              **{f"{count} experts of {expert_width(settings, own)}, {settings.moe_topk} a token, beside "
+                 f"{settings.moe_shared * expert_width(settings, own)} for all": [
+                     block.index for block in blocks if block.experts == count and block.hidden == own.hidden]
+                 for own in blocks if own.hidden and (count := own.experts)},
+              f"learn in place, {settings.inplace_chunk} tokens a chunk": [
+                  block.index for block in blocks if block.learns],
               "value residual": [block.index for block in blocks if settings.value_residual and block.index]}
     lines += [f"blocks {_ranges(numbers)}: {what}" for what, numbers in extras.items() if numbers]
     between = {f"{settings.loop_state} state": settings.loop_state != "none",
@@ -4228,7 +4710,7 @@ class BlockModule(nn.Module):
         super().__init__()
         width, self.eps, self.scale = settings.model_dim, settings.norm_eps, plan.scale
         self.mixer = MIXERS[plan.letter](settings, plan, kernels)
-        self.mlp = FeedForward(width, plan.hidden, settings, kernels.mlp) if plan.hidden else None
+        self.mlp = FEEDS["experts" if plan.experts else "whole"](settings, plan, kernels) if plan.hidden else None
         self.resid_mix = make_parameter((2, width), "gain", "mix")
         self.attn_scale = make_parameter((width,), "gain", 1.0)
         if plan.hidden:
@@ -4247,19 +4729,20 @@ class BlockModule(nn.Module):
     def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, context: Context, sites: Sites,
                 deltas: Deltas | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x, x0 (B, T, D), and the second lane or None -> the same two, and the mixer's values where it has some."""
-        mix = self.resid_mix.to(x.dtype)
+        mix, taught = self.resid_mix.to(x.dtype), Taught(x0, context.docs, context.visit, context.memory,
+                                                           context.live)
         mixed = mix[0] * x + mix[1] * x0
         found, values = self.mixer(self.normed(mixed), context, sites, deltas)
         found = self.attn_scale.to(x.dtype) * found
         if lane is None:
             x = mixed + found
             if self.mlp is not None:
-                x = x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x), sites, deltas)
+                x = x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x), sites, deltas, taught)
             return x if self.post_gain is None else rms_norm(x, self.eps) * self.post_gain.to(x.dtype), None, values
         keep, share = self.lane_keep.to(x.dtype), self.lane_give.to(x.dtype)
         x, other = keep[0] * x + share[0, 0] * found, keep[1] * lane + share[0, 1] * found
         if self.mlp is not None:
-            found = self.mlp_scale.to(x.dtype) * self.mlp(self.normed(lane), sites, deltas)
+            found = self.mlp_scale.to(x.dtype) * self.mlp(self.normed(lane), sites, deltas, taught)
             x, other = x + share[1, 0] * found, other + share[1, 1] * found
         return x, other, values
 
@@ -4281,6 +4764,14 @@ class Skip(nn.Module):
         """x, kept (B, T, D) -> (B, T, D)."""
         brought = self.weight.to(x.dtype) * kept
         return x + brought if self.gate is None else torch.lerp(brought, x, self.gate.sigmoid().to(x.dtype))
+
+
+class PassSites(NamedTuple):
+    """The site names of one pass of a group."""
+    inst_out: str
+    anchor_in: str
+    anchor_out: str
+    begun: str
 
 
 PACE_START = 0.2119  # exp(-softplus(it)) is the root of a fifth
@@ -4313,6 +4804,7 @@ class Loop(nn.Module):
         self.inst_out = nn.ModuleList(Linear(rank, width, 0.0) for _ in range(passes if product else 0))
         tap, anchor = settings.crawler_tap_dim, settings.anchor_dim
         self.tap_in = nn.ModuleList(Linear(width, tap, settings.matrix_init) for _ in range(before if tap else 0))
+        self.tap_sites = [self.site(f"tap_in.{at}") for at in range(len(self.tap_in))]
         self.tap_out = Linear(tap, width, 0.0) if tap else None
         self.anchor_in = nn.ModuleList(Linear(width, anchor, settings.matrix_init)
                                        for _ in range(passes - 1 if anchor else 0))
@@ -4321,6 +4813,11 @@ class Loop(nn.Module):
     def site(self, module: str) -> str:
         """The site of one of its matrices."""
         return f"loops.{self.name}.{module}"
+
+    def sites(self, number: int) -> PassSites:
+        """Those of a pass: made when a forward is bound, for a compiled graph makes no names."""
+        return PassSites(self.site(f"inst_out.{number}"), self.site(f"anchor_in.{number - 1}"),
+                         self.site(f"anchor_out.{number - 1}"), self.site(f"pass.{number}"))
 
     def hold(self, h: Tensor, e: Tensor) -> Tensor:
         """A h + B e, (B, T, D), for the state h and what enters e."""
@@ -4333,12 +4830,13 @@ class Loop(nn.Module):
         if self.static:
             held["static"] = self.inst_in(x, self.site("inst_in"), deltas)
         if self.tap_out is not None:
-            low = sum(matrix(part, self.site(f"tap_in.{at}"), deltas)
-                      for at, (matrix, part) in enumerate(zip(self.tap_in, made, strict=True)))
+            low = sum(matrix(part, site, deltas)
+                      for matrix, part, site in zip(self.tap_in, made, self.tap_sites, strict=True))
             held["tap"] = self.tap_out(low, self.site("tap_out"), deltas)
         return held
 
-    def forward(self, x: Tensor, number: int, held: dict[str, Tensor], deltas: Deltas | None) -> Tensor:
+    def forward(self, x: Tensor, number: int, sites: PassSites, held: dict[str, Tensor], deltas: Deltas | None
+                ) -> Tensor:
         """x (B, T, D) as pass `number` begins with it; `held` is `enter`'s, and the anchor's."""
         told, begun = [], x
         if self.taken is not None:
@@ -4348,16 +4846,16 @@ class Loop(nn.Module):
         if self.inst_in is not None:
             low = held["static"].unflatten(-1, (-1, self.rank))[..., number, :] if self.static else (
                 self.inst_in(x, self.site("inst_in"), deltas))
-            told.append(self.inst_out[number](low, self.site(f"inst_out.{number}"), deltas))
+            told.append(self.inst_out[number](low, sites.inst_out, deltas))
         if "tap" in held:
             told.append(held["tap"])
         if self.anchor_out and number:
-            written = self.anchor_in[number - 1](x, self.site(f"anchor_in.{number - 1}"), deltas)
+            written = self.anchor_in[number - 1](x, sites.anchor_in, deltas)
             held["anchor"] = held["anchor"] + written if "anchor" in held else written
-            told.append(self.anchor_out[number - 1](held["anchor"], self.site(f"anchor_out.{number - 1}"), deltas))
+            told.append(self.anchor_out[number - 1](held["anchor"], sites.anchor_out, deltas))
         if not told and self.taken is None:
             return x
-        return add_delta(x + sum(told), begun, self.site(f"pass.{number}"), deltas)
+        return add_delta(x + sum(told), begun, sites.begun, deltas)
 
 
 # What stands between the passes of a ( ) group.
@@ -4412,6 +4910,7 @@ class GPT(nn.Module):
         self.positions, self.bigram, self.smear, self.blend, self.values = map(parts.get, (
             "positions", "bigram", "smear", "blend", "values"))
         self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in plan_blocks(settings))
+        self.retrieval = ENDINGS["retrieval"](settings, kernels.others["recalled"]) if settings.retrieval_bits else None
         pairs = dict.fromkeys(pair for phase in self.phases for pair in phase.skips())
         self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
                                     for a, b in pairs})
@@ -4426,8 +4925,11 @@ class GPT(nn.Module):
         bound = self.settings.logit_softcap if self.softcaps is None else self.softcaps
         return bound if self.settings.softcap_type == "tanh" else functools.partial(bend_poly, softcap=bound)
 
-    def embed(self, tokens: Tensor, deltas: Deltas | None) -> Tensor:
-        """The stream that enters the first block, (B, T, D), normalised, from tokens (B, T)."""
+    def embed(self, tokens: Tensor, deltas: Deltas | None, memory: Memory | None = None) -> Tensor:
+        """The stream that enters the first block, (B, T, D), normalised, from tokens (B, T), behind those in the
+        memory."""
+        if memory is not None and memory.length:
+            return self.embed(torch.cat([memory.tail, tokens], 1), deltas)[:, memory.tail.shape[1]:]
         looked_up = F.embedding(tokens, self.tok_emb)
         e = add_delta(looked_up, looked_up, "embed", deltas).to(self.dtype)
         if self.embed_proj is not None:
@@ -4436,6 +4938,15 @@ class GPT(nn.Module):
             e = e if part is None else part(e, tokens, deltas)
         e = rms_norm(e, self.settings.norm_eps)
         return e if self.blend is None else self.blend(e, tokens, deltas)
+
+    def remember(self, tokens: Tensor, memory: Memory) -> None:
+        """Count tokens (B, T) that were read, and hold the last ones; where tokens are told their place, from a place
+        on that counts as the first."""
+        whole = tokens if memory.tail is None else torch.cat([memory.tail, tokens], 1)
+        begins, memory.length = memory.length + tokens.shape[1] - whole.shape[1], memory.length + tokens.shape[1]
+        first = max(0, memory.length - NEAR_TOKENS)
+        first -= first % self.positions.rows if self.positions is not None else 0
+        memory.tail = whole[:, max(0, first - begins):]
 
     def head_input(self, hidden: Tensor, deltas: Deltas | None = None) -> Tensor:
         """What is multiplied by the embedding: hidden (..., D), or its projection where the embedding is factored."""
@@ -4455,11 +4966,26 @@ class GPT(nn.Module):
         return F.linear(hidden.float(), self.mixer_head[:, :-1], self.mixer_head[:, -1])
 
 
-def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
+class Leaving(NamedTuple):
+    """Which positions (B, T, 1) have left a group, and the stream (B, T, D) after its last pass."""
+    gone: Tensor
+    before: Tensor
+
+    def after(self, x: Tensor, share: float) -> "Leaving":
+        """The same a pass later, which made x: who has left stays as it was, and who changes by less than `share` of
+        its norm leaves."""
+        change = (x - self.before).float().norm(dim=-1, keepdim=True)
+        small = change < share * self.before.float().norm(dim=-1, keepdim=True)
+        return Leaving(self.gone | small, torch.where(self.gone, self.before, x))
+
+
+def make_forward(model: GPT, phase: "int | Phase", leave: float = 0.0, again: bool = False) -> Callable[..., Tensor]:
     """forward(tokens (B, T), docs, deltas) -> final normalised hidden states (B, T, D), for one phase or the number of
     one. docs: document numbers (B, T), spans, or None where every row is one document. keep (N,), or (N, B) for each
     row: which passes of ( ) groups take part, 1 or 0 by the number of their first visit, 2 where what came before them
-    gets no gradient through them; None is all.
+    gets no gradient through them; None is all. A position leaves a group when a pass changes it by less than the share
+    `leave`: it stays as it is, and is read so. Blocks are computed `again` on the way back instead of kept. With a
+    memory the tokens go on the document that it holds, docs being None, and are added to it.
 
     Everything that depends on the plan is resolved here, so that the function compiles to one graph.
     """
@@ -4467,24 +4993,30 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
     steps = (phase if isinstance(phase, Phase) else model.phases[phase]).steps
     scales, tapped = settings.crawler_loop_rope_scales, bool(settings.crawler_tap_dim)
     letters = letters_of(settings.stack)
-    attends, recurrent, drawn = "A" in letters, bool(letters - {"A"}), random_depth(settings.stack)
+    attends, drawn = "A" in letters, random_depth(settings.stack)
+    recurrent = bool(letters - {"A"} or settings.inplace_layers or settings.retrieval_bits)
     for step in steps:
         sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
         skip = None if step.source is None else model.skips[f"{steps[step.source].block}_{step.block}"]
         loop = model.loops[str(step.turn.group)] if step.turn and step.turn.first and (
             str(step.turn.group) in model.loops) else None
+        told = None if loop is None else loop.sites(step.turn.number)
         stretch = scales[min(step.turn.number, len(scales) - 1)] if step.turn and scales else 1.0
-        bound.append((step, model.blocks[step.block], skip, loop, stretch, sites))
+        block = model.blocks[step.block]
+        block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+        bound.append((step, block, skip, loop, told, stretch, sites))
 
     def forward(tokens: Tensor, docs: "Tensor | Spans | None", deltas: Deltas | None = None,
-                keep: Tensor | None = None) -> Tensor:
+                keep: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         packed = model.packed and isinstance(docs, Spans)
         numbers = docs if docs is None or packed and not recurrent else _numbers(docs, tokens.shape)
         mask = docs if packed else attention_mask(numbers, tokens.shape) if attends else None
-        x = model.embed(tokens, deltas)  # (B, T, D)
+        x = model.embed(tokens, deltas, memory)  # (B, T, D)
         embedded = None if model.values is None else model.values(tokens, model.dtype, deltas)
-        context, x0, lane, kept, made, held = Context(mask, numbers, embedded, None), x, None, {}, [], {}
-        for step, block, skip, loop, stretch, sites in bound:
+        context, x0, lane = Context(mask, numbers, embedded, None, memory=memory), x, None
+        kept, made, held = {}, [], {}
+        left: Leaving | None = None
+        for step, block, skip, loop, told, stretch, sites in bound:
             if step.lanes and lane is None:
                 lane = x
             elif lane is not None and not step.lanes:
@@ -4495,19 +5027,29 @@ def make_forward(model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
                 share = keep[step.visit] if keep.ndim == 1 else keep[step.visit][:, None, None]
                 x = torch.where(share > 1, x.detach(), x) if drawn else x
                 entered = x, share.clamp_max(1).to(x.dtype)
+            if keep is not None:
+                context = context._replace(live=entered[1] if step.turn else None)
             if loop is not None:
                 held = held if step.turn.number else loop.enter(x, made, deltas)
-                x = loop(x, step.turn.number, held, deltas)
-            x, lane, values = block(x, lane, x0, context._replace(stretch=stretch), sites, deltas)
+                x = loop(x, step.turn.number, told, held, deltas)
+            x, lane, values = block(x, lane, x0, context._replace(stretch=stretch, visit=step.visit), sites, deltas)
             if settings.value_residual and context.first is None:
                 context = context._replace(first=values)
             if keep is not None and step.turn and step.turn.last:
                 x = torch.lerp(entered[0], x, entered[1])
+            if leave and step.turn and step.turn.last:
+                left = left.after(x, leave) if step.turn.number else Leaving(torch.zeros_like(x[..., :1]).bool(), x)
+                x = left.before
             if step.keep:
                 kept[step.visit] = x
             if tapped and step.turn is None:
                 made.append(x)
-        return rms_norm(x if lane is None else merge(x, lane), settings.norm_eps)
+        x = rms_norm(x if lane is None else merge(x, lane), settings.norm_eps)
+        if model.retrieval is not None:
+            x = model.retrieval(x, x0, context, deltas)
+        if memory is not None:
+            model.remember(tokens, memory)
+        return x
 
     return forward
 
@@ -4530,12 +5072,12 @@ def site_shapes(model: GPT, phase: "int | Phase") -> dict[str, tuple[int, int]]:
     return dict(probe.items())
 
 
-def make_loss(model: GPT, phase: "int | Phase", head_loss: float = 0.0, z_loss: float = 0.0
+def make_loss(model: GPT, phase: "int | Phase", head_loss: float = 0.0, z_loss: float = 0.0, again: bool = False
               ) -> Callable[..., Tensor]:
     """loss(tokens, targets, docs, lessons, keep) -> mean nats of a batch, a scalar, for one phase of the plan. Lessons
     weigh the targets, and teach the mixer head which expert to trust, beside the model's chances as they are; z_loss
-    weighs the mean squared log-sum of the logits (source: PaLM)."""
-    forward, plain = make_forward(model, phase), plain_head(model.settings) and not z_loss
+    weighs the mean squared log-sum of the logits (source: PaLM); blocks are computed `again` on the way back."""
+    forward, plain = make_forward(model, phase, again=again), plain_head(model.settings) and not z_loss
 
     def loss(tokens: Tensor, targets: Tensor, docs: "Tensor | Spans | None", lessons: Lessons | None = None,
              keep: Tensor | None = None) -> Tensor:
@@ -4664,7 +5206,7 @@ def path_flops(settings: ModelSettings, block: BlockPlan) -> float:
     width, heads = settings.model_dim, block.heads
     ends = (width * (6 + 2 * block.kv_heads / heads) if block.letter == "A" else
             2 * (width + heads * block.key) + (2 + block.gated) * (width + heads * block.value))
-    return 2 * settings.hgf_rank * (ends + 2 * (width + block.hidden) * bool(block.hidden))
+    return 2 * settings.hgf_rank * (ends + 2 * (width + active_width(settings, block)) * bool(block.hidden))
 
 
 def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length: int) -> int:
@@ -4672,10 +5214,12 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
     blocks, width = plan_blocks(settings), settings.model_dim
     total = 2 * vocab_size * (settings.embed_dim or width) + 4 * width * settings.embed_dim
     total += 2 * width * settings.bigram_dim * bool(settings.bigram_vocab_size)
+    total += 2 * settings.retrieval_bits * (width + length / 2)
     total += 2 * settings.ve_dim * width * settings.num_kv_heads / settings.num_heads * any(b.embedded for b in blocks)
     for step in phase.steps:
         block = blocks[step.block]
-        total += 4 * width * block.hidden
+        total += 4 * width * active_width(settings, block) + 2 * width * block.experts
+        total += 4 * width * learning_width(settings, block) * block.learns  # one product that writes, one that reads
         total += mixer_flops(settings, block, length) + path_flops(settings, block)
         if step.turn and step.turn.first:
             product = settings.loop_instructions in ("static", "flow")
@@ -4692,8 +5236,8 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
 
 
 class Role(NamedTuple):
-    """How a kind of parameter is trained: the names of the settings for its update, its rate and its decay. How it is
-    stored is the policy's row of the same name."""
+    """How a kind of parameter is trained: a row of UPDATES, or the name of the setting that names it; the names of the
+    settings for its rate and its decay. How it is stored is the policy's row of the same name."""
     optimizer: str
     rate: str
     decay: str
@@ -4706,7 +5250,14 @@ ROLES: dict[str, Role] = {
     "factor": Role("matrix_optimizer", "matrix_lr", "muon_wd"),
     "gain": Role("other_optimizer", "scalar_lr", ""),
     "gate": Role("other_optimizer", "scalar_lr", ""),
+    "balance": Role("sign", "moe_gamma", ""),
 }
+
+
+def rule_of(role: str, settings: OptimSettings) -> str:
+    """The row of UPDATES of a role."""
+    named = ROLES[role].optimizer
+    return named if named in UPDATES else getattr(settings, named)
 
 
 def routes_of(model: nn.Module, settings: ArtifactSettings) -> dict[str, Route]:
@@ -4834,6 +5385,12 @@ def sgd_step_(parameters: list[Tensor], grads: list[Tensor], states: list[dict[s
     """A plain step down on all tensors, in place."""
     torch._foreach_mul_(parameters, 1 - rate * decay)
     torch._foreach_add_(parameters, grads, alpha=-rate)
+
+
+def sign_step_(parameters: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], step: int, rate: float,
+               decay: float, settings: OptimSettings) -> None:
+    """A step of fixed size down on all tensors, in place."""
+    torch._foreach_add_(parameters, torch._foreach_sign(grads), alpha=-rate)
 
 
 LEAST_LATENT = 0.01  # least scale of a direction, so that groups that begin at zero leave it
@@ -4985,6 +5542,7 @@ UPDATES: dict[str, Update] = {
                    fro2_share),
     "adamw": Update(lambda p: _zeros(p, "first", "second"), adamw_step_),
     "mezo": Update(lambda p: {}, sgd_step_),
+    "sign": Update(lambda p: {}, sign_step_),
     "fro": Update(lambda p: {**_zeros(p, "first"), "cosines": p.new_zeros(2, 3),
                              "second": p.new_zeros(len(p), 1) if p.ndim == 2 else torch.zeros_like(p)}, fro_update_),
 }
@@ -5052,7 +5610,7 @@ class Optimizer:
         self.parameters = dict(model.named_parameters())
         self.state: dict[str, dict[str, Tensor]] = {}
         self.counts: dict[str, int] = dict.fromkeys(self.parameters, 0)
-        self.rules = {name: getattr(settings, ROLES[p.role].optimizer) for name, p in self.parameters.items()}
+        self.rules = {name: rule_of(p.role, settings) for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             self.state[name] = UPDATES[self.rules[name]].fresh(parameter.detach())
         matrices = {name: p for name, p in self.parameters.items() if UPDATES[self.rules[name]].step is None}
@@ -5385,7 +5943,9 @@ class Coverage:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
-        self.outside, self.still = set(self.parameters), dict.fromkeys(self.parameters, 0)
+        self.outside = set(self.parameters)
+        # An expert that no token chose in a few steps is not lost: balancing brings it some.
+        self.still = dict.fromkeys((name for name, p in self.parameters.items() if not hasattr(p, "rare")), 0)
 
     def saw_phase(self) -> None:
         """After a warm-up backward: parameters with a gradient are in the graph of this phase."""
@@ -5567,6 +6127,9 @@ ESTIMATORS: dict[str, type[Mezo]] = {"mezo": Mezo}
 BUCKET_ELEMENTS = 1 << 22  # gradients that travel together
 
 
+IMBALANCE_ALARM = 0.15
+
+
 class Trainer:
     """One run's training: builds everything, resumes if there is a checkpoint, and walks the steps."""
 
@@ -5603,6 +6166,7 @@ class Trainer:
         self.trit_routes = {name: route for name, route in routes.items() if route.format == "ternary"}
         self.trits: dict[str, Tensor] = {}
         self.told: tuple[int, dict[str, float]] = (-1, {})
+        self.depths: list[float] = []  # mean passes of the rows of each micro-batch since they were last told
         self.drawn = random_depth(model.settings.stack)
         # A plan of training's own, behind the model's: one pass a group by cadence, or as many as can be drawn.
         self.own = plan_phase(model.settings, 0.0, deepest=True) if self.drawn else (
@@ -5758,8 +6322,9 @@ class Trainer:
 
     def plain_loss(self, phase: int) -> Callable[..., Tensor]:
         """The loss of a plan, not compiled."""
+        train = self.config.train
         return make_loss(self.model, (*self.model.phases, self.own)[phase], self.config.ngram.ngram_head_loss,
-                         self.config.train.z_loss)
+                         train.z_loss, train.grad_checkpoint)
 
     def strict_seconds(self) -> float:
         """Seconds on the strict clock so far: all of this process's stage, and of the processes before it."""
@@ -5781,6 +6346,10 @@ class Trainer:
         if self.drawn and phase == len(self.model.phases):
             drawn = drawn_passes(self.model.settings, self.own, len(batch.tokens),
                                  stream_seed(self.config.run.seed, "passes", index) if drop else None)
+            if drop:
+                firsts = [step.visit for step in self.own.steps if step.turn and step.turn.first]
+                groups = len({step.turn.group for step in self.own.steps if step.turn})
+                self.depths.append(float((drawn[firsts] > 0).sum()) / groups / len(batch.tokens))
             return batch._replace(keep=torch.from_numpy(drawn).to(self.world.device, non_blocking=True))
         if not chance:
             return batch
@@ -5966,6 +6535,7 @@ class Trainer:
                       f"step_avg:{seconds * 1000 / max(1, self.step):.2f}ms")
         self.log.event("val", step=self.step, val_loss=nats, val_bpb=bpb, train_seconds=seconds)
         self.tell_loops()
+        self.tell_parts()
         if self.board is not None:
             self.board.add_scalar("val_bpb", bpb, self.step)
         if not self.config.train.strict_clock:
@@ -5997,6 +6567,37 @@ class Trainer:
             self.log.line(f"step:{self.step} loop {group}: added before each pass, over the stream: "
                           + " ".join(f"{share:.4f}" for share in found))
         self.log.event("loops", step=self.step, added=told)
+        return told
+
+    def tell_parts(self) -> dict[str, float]:
+        """Means over blocks of what rules their states (alpha: what is left of one at a token, beta: how strongly a
+        token is written), the worst imbalance of experts, and the mean of the passes drawn since this was last told by
+        this process; on training rows."""
+        found: dict[str, list[float]] = {}
+
+        def watch(tell: Callable[[Tensor], dict[str, float]]) -> Callable[[Tensor, Tensor], Tensor]:
+            def note(y: Tensor, x: Tensor) -> Tensor:
+                for name, value in tell(y).items():
+                    found.setdefault(name, []).append(value)
+                return y
+            return note
+
+        taps = {f"v{step.visit}.{site}": watch(part.tell) for step in self.model.phases[-1].steps
+                for site, part in (("gates", self.model.blocks[step.block].mixer),
+                                   ("route", self.model.blocks[step.block].mlp)) if hasattr(part, "tell")}
+        if taps:
+            batch = self.batches.micro(0, self.world)
+            with torch.no_grad():
+                make_forward(self.model, len(self.model.phases) - 1)(batch.tokens, batch.docs, taps)
+        told = {name: max(values) if name == "imbalance" else statistics.fmean(values)
+                for name, values in sorted(found.items())}
+        if self.depths:
+            told["passes"], self.depths = statistics.fmean(self.depths), []
+        if told:
+            self.log.line(f"step:{self.step} parts: " + " ".join(f"{name} {value:.4f}" for name, value in told.items())
+                          + (f" (experts are uneven: more than {IMBALANCE_ALARM:g} over the mean)"
+                             if told.get("imbalance", 0.0) > IMBALANCE_ALARM else ""))
+            self.log.event("parts", step=self.step, **told)
         return told
 
     def tell_trits(self) -> dict[str, float]:
@@ -6086,7 +6687,7 @@ class Trainer:
             self.save(finished=True)
         check_same_weights(self.model, self.world)
         memory = peak_memory_bytes(self.world.device)
-        loops, trits = self.tell_loops(), self.tell_trits()
+        loops, trits, parts = self.tell_loops(), self.tell_trits(), self.tell_parts()
         if self.world.device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved(self.world.device)
             self.log.line(f"peak memory allocated: {memory >> 20} MiB reserved: {reserved >> 20} MiB")
@@ -6097,7 +6698,7 @@ class Trainer:
         return {"steps": self.step, "tokens": tokens, "seconds": seconds,
                 "tokens_per_second": tokens / seconds if seconds else 0.0, "final_train_loss": self.last_loss,
                 "peak_memory_bytes": memory, **({"added_before_passes": loops} if loops else {}),
-                **({"trits": trits} if trits else {})}
+                **({"trits": trits} if trits else {}), **({"parts": parts} if parts else {})}
 
     def _open_bar_and_board(self) -> None:
         """Progress bar on a terminal, curves for TensorBoard; rank 0 only."""
@@ -7135,8 +7736,8 @@ def weight_sites(model: GPT) -> dict[str, list[str]]:
     for step in model.phases[-1].steps:
         for name, module in model.blocks[step.block].named_modules():
             if isinstance(module, Linear):
-                sites.setdefault(f"blocks.{step.block}.{name}.weight", []).append(
-                    f"v{step.visit}.{name.rpartition('.')[2]}")
+                site = name.rpartition(".")[2] + "".join(filter(str.isdigit, name.split(".")))  # of experts with number
+                sites.setdefault(f"blocks.{step.block}.{name}.weight", []).append(f"v{step.visit}.{site}")
     return sites
 
 
@@ -7338,7 +7939,7 @@ def correct_errors(weights: Mapping[str, Tensor], solved: dict[str, Solved], cal
     found = []
     for name, row in solved.items():
         moment = moments_of(calibration, sites.get(name, []))
-        if moment is None or min(weights[name].shape) <= settings.lqer_rank or math.isnan(row.cost):
+        if moment is None or not moment.any() or min(weights[name].shape) <= settings.lqer_rank or math.isnan(row.cost):
             continue
         weight, moment = weights[name].double(), moment.double()
         moment = moment + settings.gptq_damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
@@ -7403,7 +8004,7 @@ def allocate_steps(weights: Mapping[str, Tensor], routes: Mapping[str, Route], c
     change, total = 0.0, 0
     for name, route in routes.items():
         moment = moments_of(calibration, sites.get(name, []))
-        if moment is None or not can_stretch(route):
+        if moment is None or not moment.any() or not can_stretch(route):
             continue
         curvature = sum(calibration.slopes[site].double() * calibration.inputs[site].double().trace()
                         for site in sites[name]) / len(moment) / calibration.tokens ** 2
@@ -7815,7 +8416,7 @@ class Frozen:
     # Whether its attention wants the documents of a question as spans.
     packed = False
 
-    def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
+    def __init__(self, model: GPT, config: Config, world: World, phase: "int | Phase", compiled: bool) -> None:
         self.config, self.world, self.phase, self.compiled = config, world, phase, compiled
         self.use(model)
 
@@ -7824,7 +8425,15 @@ class Frozen:
         self.model, self.packed = model, model.packed
         # Questions come in many lengths, for which an unrolled recurrence would be compiled one by one.
         on = self.compiled and not model.unrolled
-        self.forward = make_compiled(make_forward(model, self.phase), on, dynamic=True)
+        self.forward = make_compiled(self.bind(model, self.phase), on, dynamic=True)
+
+    def bind(self, model: GPT, phase: "int | Phase") -> Callable[..., Tensor]:
+        """The forward of a plan, with what the evaluation asks of it."""
+        return make_forward(model, phase, self.config.eval.loop_exit)
+
+    def rehearsed(self) -> "list[Frozen]":
+        """Itself in each way it can come to work, the slowest last: what is rehearsed before the clock starts."""
+        return [self]
 
     def begin(self, rows: int, before: Any) -> Any:
         """The state of new rows, given that of the rows before them in the same job, or None."""
@@ -7873,7 +8482,7 @@ class TestTime(Frozen):
     that is scored. Strict: nothing of one document reaches another. Source: PR 1530 of the challenge and after."""
     __test__ = False
 
-    def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
+    def __init__(self, model: GPT, config: Config, world: World, phase: "int | Phase", compiled: bool) -> None:
         super().__init__(model, config, world, phase, compiled)
         settings = self.settings = config.ttt
         self.scale = settings.ttt_lora_alpha / max(1, settings.ttt_lora_rank)
@@ -8257,7 +8866,7 @@ class Mixed(Frozen):
     """The model mixed with n-grams of the targets scored in earlier stages: the declared cross-document memory."""
     normalised = True
 
-    def __init__(self, model: GPT, config: Config, world: World, phase: int, compiled: bool) -> None:
+    def __init__(self, model: GPT, config: Config, world: World, phase: "int | Phase", compiled: bool) -> None:
         super().__init__(model, config, world, phase, compiled)
         self.mixture = NgramMixture(config.ngram, config.data.vocab_size, np.array([BOS]))
         self.notes, self.head = self.mixture.columns, self.mixture.gate.head
@@ -8292,12 +8901,61 @@ class Evaluator(NamedTuple):
     within: bool = False
 
 
+class Depths:
+    """Of rows of EVAL=valve: which of VALVE_PASSES each takes next, and the mean entropy in bits of what it was just
+    asked."""
+
+    def __init__(self, rows: int, first: int) -> None:
+        self.levels, self.bits = [first] * rows, [0.0] * rows
+
+
+class Valve(Frozen):
+    """Each chunk of a document in as many passes as the mean entropy of what was predicted for the one before says,
+    once that is scored; the first in the middle number. Source: Chimera's entropy valve, whose rest is undefined."""
+
+    def use(self, model: GPT) -> None:
+        """Predict with this model."""
+        self.model, self.packed, self.first = model, False, 1
+        self.depths = [make_compiled(self.bind(model, plan_phase(model.settings, 1.0, passes=int(passes))),
+                                     self.compiled and not model.unrolled, dynamic=True)
+                       for passes in self.config.eval.valve_passes]
+
+    def rehearsed(self) -> "list[Frozen]":
+        found = []
+        for level in sorted(range(len(self.depths)), key=self.config.eval.valve_passes.__getitem__):
+            found.append(copy.copy(self))
+            found[-1].first = level
+        return found
+
+    def begin(self, rows: int, before: Depths | None) -> Depths:
+        return Depths(rows, self.first)
+
+    def predict(self, state: Depths, ask: Ask, offer: Callable[[Tensor], None]) -> Noted | None:
+        with torch.inference_mode():
+            levels = state.levels[:len(ask.windows)]
+            # All rows at each level that occurs: what other rows hold must not change the shape of a row's products.
+            found = {level: self.depths[level](ask.tokens, ask.docs) for level in sorted(set(levels))}
+            hidden = torch.stack([found[level][row] for row, level in enumerate(levels)])
+            logits = self.model.logits(hidden.flatten(0, 1)[ask.places])
+            for row, part in enumerate(logits.split(ask.counts)):
+                chances = part.float().log_softmax(-1)
+                state.bits[row] = float(-(chances.exp() * chances).sum(-1).mean()) / math.log(2)
+            offer(logits)
+        return None
+
+    def learn(self, state: Depths, ask: Ask, targets: Tensor) -> bool:
+        theta = self.config.eval.valve_bits
+        state.levels = [(bits >= theta / 2) + (bits >= theta) for bits in state.bits[:ask.more]]
+        return True
+
+
 EVALUATORS: dict[str, Evaluator] = {
     "contiguous": Evaluator(plan_contiguous, Frozen, "roundtrip", shrink_nothing),
     "sliding": Evaluator(plan_sliding, Frozen, "sliding_window", shrink_stride),
     "document": Evaluator(plan_document, Frozen, "document_window", shrink_stride, True),
     "ttt": Evaluator(plan_ttt, TestTime, "legal_ttt", shrink_chunk, True),
     "ngram": Evaluator(plan_ngram, Mixed, "ngram", shrink_stride),
+    "valve": Evaluator(plan_ttt, Valve, "entropy_valve", shrink_chunk, True),
 }
 
 
@@ -8479,7 +9137,10 @@ class Referee:
 
 def make_guest(kind: str, model: GPT, config: Config, world: World, phase: int = -1, compiled: bool = False) -> Frozen:
     """The predictor of an evaluator, for one phase of the plan."""
-    return EVALUATORS[kind].guest(model, config, world, phase % len(model.phases), compiled)
+    phase %= len(model.phases)
+    own = plan_phase(config.model, model.phases[phase].start, passes=config.eval.eval_passes) if (
+        config.eval.eval_passes) else phase
+    return EVALUATORS[kind].guest(model, config, world, own, compiled)
 
 
 def score(kind: str, guest: Frozen, val: Validation, config: Config, world: World, clock: Callable[[], float],
@@ -8557,8 +9218,9 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
     widest = max((item for stage in stages for job in stage for item in job), key=Round.positions)
     learns = any(item.more for stage in stages for job in stage for item in job)
     rng = np.random.default_rng(stream_seed(config.run.seed, "rehearsal"))
+    ways = guest.rehearsed()  # the last one is the slowest, and is measured
 
-    def trial(rows: int, more: bool = learns) -> float:
+    def trial(rows: int, more: bool = learns, guest: Frozen = ways[-1]) -> float:
         windows, at = [], 0
         for start, stop, first in widest.windows[:rows]:
             windows.append(Window(at, at + stop - start, at + first - start))
@@ -8576,8 +9238,8 @@ def rehearse(kind: str, guest: Frozen, stages: list[Stage], config: Config, worl
         return statistics.median(max(world.each(trial, [rows] * world.lanes)) for _ in range(3))
 
     # One row first: else a compiled graph takes the number of rows for a constant.
-    for rows, more in itertools.product(sorted({1, len(widest.windows)}), {learns, False}):
-        trial(rows, more)
+    for way, rows, more in itertools.product(ways, sorted({1, len(widest.windows)}), {learns, False}):
+        trial(rows, more, way)
     small, full, rows = median(1), median(len(widest.windows)), len(widest.windows)
     length = widest.positions() // rows
     position = max(full - small, 0.0) / (length * (rows - 1)) if rows > 1 else full / length
@@ -8643,7 +9305,11 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "ATTN_GATES": {config.model.attn_gate} - {"none"},
             "FINAL_LANES": {config.model.parallel_final_lane},
             "MUON_BACKENDS": {config.optim.muon_backend}, "ACTIVATIONS": {config.model.mlp_act},
-            "UPDATES": {config.optim.matrix_optimizer, config.optim.other_optimizer},
+            "UPDATES": {config.optim.matrix_optimizer, config.optim.other_optimizer,
+                        *(["sign"] if has_experts(config.model) else [])},
+            "ENDINGS": {"retrieval"} if config.model.retrieval_bits else set(),
+            "FEEDS": {"experts"} & set(kernels_of(config.model)) | {"whole"},
+            "LEARNERS": {"written"} & set(kernels_of(config.model)),
             "STEERINGS": {steering_of(config.optim)} - {""},
             "ESTIMATORS": {config.optim.matrix_optimizer} & set(ESTIMATORS),
             "EVALUATORS": {"contiguous", *config.eval.eval},
@@ -8657,7 +9323,8 @@ def check_rows(config: Config) -> None:
               "MUON_BACKENDS": MUON_BACKENDS, "GATES": GATES, "TEACHERS": TEACHERS, "REFINEMENTS": REFINEMENTS,
               "CORRECTIONS": CORRECTIONS, "TOKEN_PARTS": TOKEN_PARTS, "ATTN_GATES": ATTN_GATES,
               "FINAL_LANES": FINAL_LANES, "KERNELS": KERNELS, "STARTS": STARTS,
-              "BETWEEN": BETWEEN, "HOLDS": HOLDS, "UPDATES": UPDATES,
+              "BETWEEN": BETWEEN, "HOLDS": HOLDS, "UPDATES": UPDATES, "FEEDS": FEEDS, "LEARNERS": LEARNERS,
+              "ENDINGS": ENDINGS,
               "ACTIVATIONS": ACTIVATIONS, "STEERINGS": STEERINGS, "ESTIMATORS": ESTIMATORS}
     for name, table in tables.items():
         for key in sorted(used_rows(config)[name]):
@@ -8911,7 +9578,7 @@ def collect(run: Run, model: GPT, rows: Batches, count: int) -> tuple[Calibratio
         looped = [name for name in sites if name.startswith(("loops.", *inside))]
         steps = [[name for name in sites if name not in looped], looped]
     if settings.gptq_sequential:
-        blocks = dict.fromkeys(name.rsplit(".", 3)[0] if name.startswith("blocks.") else name
+        blocks = dict.fromkeys(".".join(name.split(".")[:2]) if name.startswith("blocks.") else name
                                for name in sorted(sites, key=lambda name: sites[name][0] == "head"))
         steps = [[name for name in sites if name == block or name.startswith(f"{block}.")] for block in blocks]
     batches = {index: batch(index) for index in range(run.world.rank, count, run.world.size) or [0]}

@@ -53,7 +53,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,59}")
 MOST_RUNS_BESIDE = 1000
 # How the score of an evaluator adapts to the text.
 ADAPTATIONS = {"contiguous": "none", "sliding": "none", "document": "none", "ttt": "score_first_ttt",
-               "ngram": "token_tilt"}
+               "ngram": "token_tilt", "valve": "none"}
 WORDS = {PASS: "pass", FAIL: "FAIL", UNKNOWN: "cannot tell"}
 
 

@@ -329,7 +329,7 @@ def test_what_tells_passes_apart_by_hand():
                 written = loop.anchor_in[0].weight @ later.mT
                 written = written if number == 1 else written + loop.anchor_in[1].weight @ before.mT
                 told = told + (loop.anchor_out[number - 1].weight @ written).mT
-            assert torch.allclose(loop(x, number, held, None), x + told, atol=1e-5), (kind, number)
+            assert torch.allclose(loop(x, number, loop.sites(number), held, None), x + told, atol=1e-5), (kind, number)
 
 
 def test_rotary_scales_lengthen_the_waves_of_their_pass():

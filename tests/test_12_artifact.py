@@ -1100,6 +1100,22 @@ def test_gptq_costs_less_than_nearest_on_a_model():
     assert found["gptq"] < 0.9 * found["nearest"], found
 
 
+def test_a_matrix_whose_inputs_were_never_seen_is_taken_nearest():
+    """As an expert's is that no calibration token chose: nothing ends, and nothing is lost."""
+    config, _, weights, routes, calibration, sites = squeezed(SOLVER="gptq", LQER_RANK=2, LQER_TOP_K=64)
+    name = "blocks.0.mlp.up.weight"
+    for site in sites[name]:
+        calibration.inputs[site].zero_()
+        calibration.slopes[site].zero_()
+    chosen = allocate_steps(weights, routes, calibration, sites, config.artifact)
+    assert chosen[name] == routes[name] and any(chosen[other].steps is not None for other in routes)
+    solved = solve_all(weights, routes, calibration, sites, config.artifact, World())
+    form = FORMATS[routes[name].format]
+    nearest = form.decode(form.encode(weights[name], routes[name]), routes[name], tuple(weights[name].shape))
+    assert torch.equal(solved[name].decoded, nearest) and solved[name].decoded.any()
+    assert not any(name in other for other in correct_errors(weights, solved, calibration, sites, config.artifact))
+
+
 def test_low_rank_corrections_lower_the_cost_they_promise():
     """Measured anew from what comes out of the container; the best matrices a byte, no more than asked for."""
     config, model, weights, routes, calibration, sites = squeezed(

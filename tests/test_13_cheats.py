@@ -17,7 +17,7 @@ import prepare
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_model, small_config, small_words
+from conftest import FITTING, ROOT, make_model, small_config, small_words
 from torch import nn
 
 import train_gpt
@@ -65,7 +65,7 @@ def split(lengths=LENGTHS):
 
 def settings_for(kind, **more):
     """The small configuration with one evaluator, whatever its name."""
-    config = small_config(**{**SETTINGS, **more})
+    config = small_config(**{**SETTINGS, **({} if "STACK" in more else FITTING.get(kind, {})), **more})
     return config._replace(eval=dataclasses.replace(config.eval, eval=(kind,)))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import clean_env, small_words
+from conftest import FITTING, clean_env, small_words
 from test_13_ttt import BOS, PHASED, documents, shaken, stream, tiny
 
 import train_gpt
@@ -43,7 +43,7 @@ from train_gpt import (
 HERE = Path(__file__).parent
 STEPS = {"NGRAM_CHUNK_TOKENS": 70, "TTT_LORA_LR": 0.003, "TTT_BATCH_SIZE": 2, "EVAL_BATCH_TOKENS": 48}
 # Every evaluator as it comes, and the declared modes, which have several stages or a state that goes on.
-ROWS = {**{kind: (kind, {}) for kind in EVALUATORS},
+ROWS = {**{kind: (kind, FITTING.get(kind, {})) for kind in EVALUATORS},
         "warm": ("ttt", {"TTT_WARM_START_A": 1}), "phased": ("ttt", {**PHASED, "GLOBAL_TTT_LR": 0.01}),
         "phased, warm": ("ttt", {**PHASED, "TTT_WARM_START_A": 1, "TTT_POLYAK_DECAY": 0.5, "TTT_GRAD_STEPS": 2})}
 

@@ -10,7 +10,7 @@ import numpy as np
 import prepare
 import pytest
 import torch
-from conftest import MINI_VOCAB, ROOT, launch, make_model, small_words, synthetic_documents
+from conftest import FITTING, MINI_VOCAB, ROOT, launch, make_model, small_words, synthetic_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_13_cheats import ALL, BestOfTwo, NotANumber, audit, broken, settings_for, split, verdicts_on
@@ -234,7 +234,7 @@ def test_ngram_learns_on_the_slice():
 
 
 def test_every_rule_names_every_evaluator(monkeypatch):
-    config = settings_for("contiguous")
+    config = settings_for("contiguous", **FITTING["valve"])
     config = config._replace(eval=train_gpt.dataclasses.replace(config.eval, eval=tuple(EVALUATORS)))
     verdicts = verdicts_on(None, config, make_model(config, shake=0.1))
     assert list(verdicts) == [*audit.RULES, "bytes"] and json.loads(json.dumps(verdicts)) == verdicts

@@ -7,6 +7,7 @@ import sys
 from conftest import ROOT
 
 import train_gpt
+from tools import generate
 
 
 def test_generated_parts_are_fresh():
@@ -17,7 +18,7 @@ def test_generated_parts_are_fresh():
 def test_readme_names_only_settings_and_files_that_exist():
     text = (ROOT / "README.md").read_text()
     launcher = {"PYTHON", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_WAIT_POLICY", "NAME"}
-    assert set(re.findall(r"\b([A-Z][A-Z_]+)=", text)) <= {*train_gpt.SETTINGS, *launcher}
+    assert set(re.findall(r"\b([A-Z][A-Z_]+)=", text)) <= {*train_gpt.SETTINGS, *launcher, *generate.OPTIONS, "PROMPT"}
     for name in re.findall(r"`?((?:data|tools|records|tests)/[\w.]+\.\w+|\w+\.(?:sh|md))`?", text):
         assert (ROOT / name).exists(), name
 

@@ -24,7 +24,7 @@ def test_what_is_built_names_settings_that_there_are(name):
     for row in explain.TABLES[name]:
         assert row.verdict in (explain.BUILT, explain.PART, explain.LEFT_OUT)
         assert set(row.settings) <= set(SETTINGS), row.keys
-        assert row.settings or row.verdict != explain.BUILT, row.keys
+        assert row.settings or "./run.sh " in row.text or row.verdict != explain.BUILT, row.keys
         if re.search(r"\boff\b", row.text) and row.keys != "quantization: sherry_mode":
             for setting in row.settings:
                 assert config[setting] == SETTINGS[setting][1].default, (row.keys, setting)

@@ -1304,7 +1304,7 @@ def test_every_system_resolves_and_plans_as_the_readable_file_does(real, tmp_pat
     for preset in real.PRESETS:
         config = real.load_config([f"PRESET={preset}", f"OVERLAY={overlay}"], {}, gpus=0)
         data = pack.pack_source(source, real.baked(config), "x", real.used_rows(config))
-        assert len(data) <= 66_000, preset  # 0.4 % of the cap
+        assert len(data) <= 68_000, preset  # 0.4 % of the cap
         module = load_packed(data, tmp_path)
         again = module.load_config([], {}, gpus=0)
         assert again.flat() == config.flat() and again.digest() == config.digest(), preset

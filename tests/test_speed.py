@@ -266,6 +266,15 @@ def test_recurrences_have_their_rows(tmp_path, stack, more, names):
         assert torch.allclose(a.flatten(0, 1), b[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("name, form, more", [("experts", "grouped", ["MOE_EXPERTS=3", "MLP_MULT=2"]),
+                                              ("written", "chunked", ["INPLACE_LAYERS=1", "INPLACE_CHUNK=16"])])
+def test_parts_of_the_feed_forward_have_their_rows(tmp_path, name, form, more):
+    found = tables(tmp_path, *QUICK, *more, "PARTS=kernels")["kernels"]
+    rows = {row["form"]: row for row in found if row["operation"] == name}
+    assert list(rows) == ["reference", form] and rows[form]["note"] == "in use"
+    assert rows[form]["value error"] <= 1e-4 and rows[form]["gradient error"] <= 1e-3 and rows[form]["ms floor"] > 0
+
+
 def test_a_packed_twin_gets_packed_rows(tmp_path, monkeypatch):
     def attend(q, k, v, where):
         assert isinstance(where, gpt.Spans) and q.shape[0] == 1

@@ -15,16 +15,17 @@ it names.
     ./run.sh bench parts                      a preset against changes of it ("ROW=name: A=1 B=2"), the same way
     ./run.sh bench crawler                    the crawler's passes, instructions and memory, and other mixers, likewise
     ./run.sh bench ternary                    a ternary block's updates, CAGS, scales, formats and passes, likewise
+    ./run.sh bench hybrid                     the hybrid stack's mixers, loops, experts and in-place learning, likewise
     ./run.sh bench speed                      a preset's step, kernels and optimizer against the peaks of this machine
 
 Without a folder it is the newest finished one in runs/ that was trained without QAT; `schedule` then has an untrained
-model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets`, `parts`, `crawler` and `ternary` keep
-theirs in records/ where no FILE is named. `formats`, `fit`, `ngram`, `speed` and the comparisons, `presets`, `parts`,
-`crawler` and `ternary`, hand settings of train_gpt.py on. Comparisons (tools/compare.py) keep their runs in
-runs/compare and go on where they were stopped. `speed` (tools/speed.py) needs no data; it takes settings from the
-environment too, as training does. Seconds of all but `formats`, `fit`, `speed` and the comparisons are the processor's,
-on one thread (lanes with THREADS; on a GPU they are the clock's), of `gptq` and `codec` medians; the spread is that
-from fastest to slowest over the median. Options:
+model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets`, `parts`, `crawler`, `ternary` and `hybrid`
+keep theirs in records/ where no FILE is named. `formats`, `fit`, `ngram`, `speed` and the comparisons, `presets`,
+`parts`, `crawler`, `ternary` and `hybrid`, hand settings of train_gpt.py on. Comparisons (tools/compare.py) keep their
+runs in runs/compare and go on where they were stopped. `speed` (tools/speed.py) needs no data; it takes settings from
+the environment too, as training does. Seconds of all but `formats`, `fit`, `speed` and the comparisons are the
+processor's, on one thread (lanes with THREADS; on a GPU they are the clock's), of `gptq` and `codec` medians; the
+spread is that from fastest to slowest over the median. Options:
 
 """
 

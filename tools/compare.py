@@ -2,8 +2,9 @@
 
 `./run.sh bench presets` compares systems whose shapes one rule makes equal in artifact bytes; `./run.sh bench parts`
 compares a system with changes of it, rows of ROWS or of your own. So do `./run.sh bench crawler` with the crawler, its
-loops and what could stand in attention's place, rows of CRAWLER_ROWS, and `./run.sh bench ternary` with one ternary
-block, its squeeze and its optimizers, rows of TERNARY_ROWS. tools/bench.py has their options and prints their tables.
+loops and what could stand in attention's place, rows of CRAWLER_ROWS, `./run.sh bench ternary` with one ternary block,
+its squeeze and its optimizers, rows of TERNARY_ROWS, and `./run.sh bench hybrid` with mixers, loops, experts and
+in-place learning of the hybrid stack, rows of HYBRID_ROWS. tools/bench.py has their options and prints their tables.
 
 A variant is words for train_gpt.py. Runs are launches of ./run.sh, as a user's are, and go seed by seed through all
 variants: what drifts on a shared machine then meets all of them, and the differences are taken within a seed. A run is
@@ -132,6 +133,28 @@ TERNARY_ROWS: dict[str, list[str]] = {
     "distinct-2": ["STACK=A2", "PASS_DROP=0"],
 }
 TERNARY_OWN_SHAPE = frozenset({"binary", "sherry", "low-rank", "distinct-8", "distinct-2"})
+
+# Rows of `hybrid`, changes of the hybrid stack whose middle is passed one to four times, drawn for each row: mixers,
+# fixed passes, what a pass begins with, experts, in-place learning.
+HYBRID_ROWS: dict[str, list[str]] = {
+    "again": [],
+    "attention": ["STACK=A (A2)*1..4~2 A"],
+    "recurrent": ["STACK=G (X G)*1..4~2 G"],
+    "loop-1": ["STACK=G X A2", "LOOP_STATE=none"],
+    "loop-2": ["STACK=G (X A)*2 A"],
+    "loop-4": ["STACK=G (X A)*4 A"],
+    "distinct": ["STACK=G [X A]2 A", "LOOP_STATE=none"],
+    "no-state": ["STACK=G (X A)*2 A", "LOOP_STATE=none"],
+    "euler": ["LOOP_STATE=euler"],
+    "experts": ["MOE_EXPERTS=4"],
+    "experts-2-of-8": ["MOE_EXPERTS=8", "MOE_TOPK=2"],
+    "in-place": ["INPLACE_LAYERS=3", "INPLACE_CHUNK=32"],
+    "in-place-3": ["INPLACE_LAYERS=3", "INPLACE_CHUNK=32", "INPLACE_LR=3"],
+    "retrieval": ["RETRIEVAL_BITS=64"],
+    "eight-bits": ["ACT_INT8=1"],
+    "no-extra-norms": ["EXTRA_NORMS=0"],
+}
+HYBRID_OWN_SHAPE = frozenset({"attention", "recurrent", "distinct"})
 
 
 # ---- statistics
@@ -554,10 +577,24 @@ def trit_fact(kind: str) -> Callable[[dict[str, Any]], float]:
     return lambda result: result["train"].get("trits", {}).get(kind, math.nan)
 
 
+class Again(NamedTuple):
+    """What is done again with the trained weights of some rows, at no cost of training: the table's title, the rows,
+    the stages, the words under their names, and the score of the run that what comes out is compared with."""
+    title: str
+    rows: tuple[str, ...]
+    stages: str
+    words: dict[str, list[str]]
+    over: str
+
+
+def kind_of(words: Iterable[str]) -> str:
+    """The evaluator that such words ask for."""
+    return next((word.partition("=")[2] for word in words if word.startswith("EVAL=")), "contiguous")
+
+
 class Suite(NamedTuple):
     """Rows that belong together, and what they are by themselves: which of them find a shape of their own by the rule,
-    the base, words for all of them, seconds and bytes, more facts of a run, and rows whose runs are squeezed again, by
-    words under a name."""
+    the base, words for all of them, seconds and bytes, more facts of a run, and what is done again with some."""
     rows: dict[str, list[str]]
     own_shape: frozenset[str] = frozenset()
     base: str = gpt.SETTINGS["PRESET"][1].default
@@ -566,19 +603,28 @@ class Suite(NamedTuple):
     size: int = 1_000_000
     minutes: int = 600
     facts: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {}
-    squeezed: tuple[str, ...] = ()
-    squeezes: dict[str, list[str]] = {}
+    again: Again | None = None
 
 
 SUITES = {
     "parts": Suite(ROWS),
     "crawler": Suite(CRAWLER_ROWS, OWN_SHAPE, "clowncar", ("GPTQ_CALIBRATION_BATCHES=4",), 40, minutes=120,
-                     facts={"squeeze": ("+.4f", squeeze_gap)},
-                     squeezed=("one-pass", "two-passes", "base", "eight-passes", "noise", "straight-through"),
-                     squeezes={f"int{bits}": [f"MATRIX_BITS={bits}", "POLICY="] for bits in (5, 4, 3)}),
+                     facts={"squeeze": ("+.4f", squeeze_gap)}, again=Again(
+                         "The same weights, squeezed further: bits per byte over those of the float weights",
+                         ("one-pass", "two-passes", "base", "eight-passes", "noise", "straight-through"),
+                         "calibrate,write,reload,evaluate",
+                         {f"int{bits}": [f"MATRIX_BITS={bits}", "POLICY="] for bits in (5, 4, 3)}, "float")),
     "ternary": Suite(TERNARY_ROWS, TERNARY_OWN_SHAPE, "jamone",
                      ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024", "TRAIN_LOG_EVERY=20"), 30, 250_000, 120,
                      {"bits a trit": (".3f", trit_fact("bits")), "zeros": (".3f", trit_fact("zeros"))}),
+    "hybrid": Suite(HYBRID_ROWS, HYBRID_OWN_SHAPE, "chimera", ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024"),
+                    30, 250_000, 120, again=Again(
+                        "The same artifacts, evaluated otherwise: bits per byte over the contiguous ones",
+                        ("base", "euler"), "reload,evaluate",
+                        {**{f"{passes} passes": [f"EVAL_PASSES={passes}"] for passes in (1, 3, 4)},
+                         "exit": ["EVAL_PASSES=4", "LOOP_EXIT=0.05"], "document": ["EVAL=document"],
+                         "same chunks": ["EVAL=valve", "VALVE_PASSES=2,2,2"],
+                         "valve": ["EVAL=valve", "VALVE_BITS=5"]}, "contiguous")),
 }
 
 
@@ -625,8 +671,9 @@ def parts(options: Mapping[str, Any], lab: Lab = LAB, suite: Suite = SUITES["par
     yield (f"Parts of {preset}: bits per byte, difference to the base", {
         **columns, **{name: form for name, (form, _) in facts.items()}, "seeds": "d", "changed": ""},
         [cells for _, cells in sorted(lines, key=lambda line: line[0])], INTERVALS)
-    if chosen := [variant for variant in variants if variant.name in suite.squeezed]:
-        yield squeezed_fields(course, chosen, seeds, suite, options["MINUTES"], lab)
+    again = suite.again
+    if again and (chosen := [variant for variant in variants if variant.name in again.rows]):
+        yield again_fields(course, chosen, seeds, again, options["MINUTES"], lab)
     close(course)
 
 
@@ -636,52 +683,53 @@ def known_mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(values) if values and not any(map(math.isnan, values)) else None
 
 
-def squeezed_fields(course: Course, variants: list[Variant], seeds: list[int], suite: Suite, minutes: float, lab: Lab
-                    ) -> Fields:
-    """What coarser squeezes of the same trained weights cost; what could not be run is added to the course's faults."""
+def again_fields(course: Course, variants: list[Variant], seeds: list[int], again: Again, minutes: float, lab: Lab
+                 ) -> Fields:
+    """What other words make of the same trained weights; what could not be run is added to the course's faults."""
     began, rows = lab.clock() - 60 * course.minutes, []
     for variant in variants:
         cells: list[Any] = [variant.name]
-        for label, words in suite.squeezes.items():
-            gaps = {}
+        for label, words in again.words.items():
+            gaps, kind, program = {}, kind_of(words), ""
             for seed in seeds:
                 if (trained := course.results.get((variant.name, seed))) is None:
                     continue
-                folder = variant.folder / f"{variant.place(seed).name}_{label}"
-                job = [f"FROM={variant.place(seed)}", "STAGES=calibrate,write,reload,evaluate", *words,
-                       "EVAL=contiguous", "EVAL_BUDGET_SECONDS=0", f"RUNS_PATH={variant.folder}",
-                       f"RUN_ID={folder.name}"]
-                found = squeezed(folder, job, lab)
+                folder = variant.folder / f"{variant.place(seed).name}_{label.replace(' ', '_')}"
+                job = [f"FROM={variant.place(seed)}", f"STAGES={again.stages}", f"EVAL={kind}", *words,
+                       "EVAL_BUDGET_SECONDS=0", f"RUNS_PATH={variant.folder}", f"RUN_ID={folder.name}"]
+                # A recipe has one program, whatever the seed.
+                program = program or program_digest(lab.pack(gpt.load_config(job, lab.env)))
+                found = done_again(folder, job, kind, program, lab)
                 if not found and lab.clock() - began > 60 * minutes:
                     course.faults.append(f"MINUTES={minutes:g}: {folder.name} is left; the same command goes on")
                     continue
                 if not found:
-                    print(f"squeezing {folder.name}", file=sys.stderr, flush=True)
+                    print(f"again: {folder.name}", file=sys.stderr, flush=True)
                     lines = lab.launch(job, variant.folder / f"{folder.name}.out")
-                    found = squeezed(folder, job, lab)
+                    found = done_again(folder, job, kind, program, lab)
                     if not found:
                         course.faults.extend([f"{folder.name}: {(lines or ['no whole result.json'])[0]}", *lines[1:]])
                         continue
-                gaps[seed] = found["scores"]["contiguous"]["val_bpb"] - trained["scores"]["float"]["val_bpb"]
+                gaps[seed] = found["scores"][kind]["val_bpb"] - trained["scores"][again.over]["val_bpb"]
             gap = interval(gaps.values())
             cells += [gap.mean, gap.half]
         rows.append(cells)
     columns = {"row": ""}
-    for label in suite.squeezes:
+    for label in again.words:
         columns |= {label: "+.4f", f"{label} +-": ".4f"}
-    return ("The same weights, squeezed further: bits per byte over those of the float weights", columns, rows,
-            "95 % t-intervals over seeds; " + "; ".join(f"{label} is {' '.join(words)}"
-                                                        for label, words in suite.squeezes.items()))
+    return (again.title, columns, rows, "95 % t-intervals over seeds; " + "; ".join(
+        f"{label} is {' '.join(words)}" for label, words in again.words.items()))
 
 
-def squeezed(folder: Path, job: list[str], lab: Lab) -> dict[str, Any]:
-    """result.json of a squeeze that is finished with these settings, else {}."""
+def done_again(folder: Path, job: list[str], kind: str, program: str, lab: Lab) -> dict[str, Any]:
+    """result.json of such a run that is finished, with these settings and by this program, else {}."""
     try:
         result = json.loads((folder / "result.json").read_text())
+        ran = program_digest((folder / "train_gpt.py").read_bytes())
     except (OSError, ValueError):
         return {}
-    same = result.get("config_hash") == gpt.load_config(job, lab.env).digest()
-    return result if same and "contiguous" in result.get("scores", {}) else {}
+    same = (result.get("config_hash"), ran) == (gpt.load_config(job, lab.env).digest(), program)
+    return result if same and kind in result.get("scores", {}) else {}
 
 
 def close(course: Course) -> None:

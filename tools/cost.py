@@ -177,11 +177,12 @@ def evaluation_seconds(config: gpt.Config, measured: Measured, processors: int) 
     if "evaluate" not in config.run.stages:
         return {}, ""
     tokens, times, where = sample_tokens(config)
-    phase = gpt.plan_layers(config.model)[-1]
     paces = {}
     for kind in config.eval.eval:
-        learns = kind == "ttt"
-        length = config.ttt.ttt_eval_seq_len if learns else config.eval.eval_seq_len
+        learns, depths = kind == "ttt", config.eval.valve_passes if kind == "valve" else ()
+        phase = gpt.plan_phase(config.model, 1.0, passes=int(max(depths, default=config.eval.eval_passes)))
+        by_chunks = gpt.EVALUATORS[kind].plan is gpt.plan_ttt
+        length = config.ttt.ttt_eval_seq_len if by_chunks else config.eval.eval_seq_len
         flops = gpt.forward_flops(config.model, config.data.vocab_size, phase, length)
         passes = 3 * config.ttt.ttt_grad_steps if learns and config.ttt.ttt_lora_rank else 1
         rate = measured.pace(3 * config.train.micro_batch_tokens * flops).rate

@@ -45,8 +45,8 @@ TABLES: dict[str, tuple[Row, ...]] = {"chimera": (
     Row("quantization: hgf_correction", BUILT, "a gated low-rank path in fp8 beside every matrix; off", ("HGF_RANK",)),
     Row("backbone: layer_pattern", BUILT, "mixers by letter, G gated delta rule, X mLSTM, T Titans, A attention, of "
         "which three stay: without any, the challenge's hybrids lose below 8,000 tokens", ("STACK",)),
-    Row("backbone: kv_cache none", PART, "states are carried within a row and begin anew at every document; there is "
-        "no generation yet that would use them"),
+    Row("backbone: kv_cache none", BUILT, "./run.sh generate reads a text in pieces: recurrent mixers hold a state "
+        "that does not grow, attention its keys and values"),
     Row("gated_deltanet", BUILT, "the gated delta rule in chunks, K 64 and V 128 a head",
         ("EXPAND_K", "EXPAND_V", "MIXER_CHUNK")),
     Row("efla", BUILT, "the exact step; off", ("EFLA",)),
@@ -54,27 +54,41 @@ TABLES: dict[str, tuple[Row, ...]] = {"chimera": (
     Row("titans", BUILT, "linear or deep memory, as a layer or as context with persistent slots, letter T; off",
         ("TITANS_DEPTH", "TITANS_CONTEXT", "PERSISTENT_SLOTS")),
     Row("tsp_span_knot", LEFT_OUT, "its relaxation is defined nowhere; letter K is free for it"),
-    Row("moe", LEFT_OUT, "bytes are scarce here and experts buy parameters; to be measured at equal bytes first"),
+    Row("moe", BUILT, "a feed-forward in parts at equal bytes: some for every token, experts chosen by sigmoid scores, "
+        "balanced by biases without a loss, tokens sorted by expert and none dropped; off",
+        ("MOE_EXPERTS", "MOE_TOPK", "MOE_SHARED", "MOE_GAMMA")),
     Row("looping", BUILT, "a state that fades below 1 by construction, exact hold or Euler, passes drawn for each row, "
         "gradients through the last half", ("LOOP_STATE", "STACK")),
-    Row("looping: adaptive_exit", LEFT_OUT, "not yet: it must go by each position's own past"),
-    Row("span_inference", LEFT_OUT, "speculation does not change the distribution, so no score"),
-    Row("grammar, debt_ledger", LEFT_OUT, "as published a constant on all logits, which softmax takes out again; "
-        "causal features with a learned bias are not built yet"),
-    Row("semantic_memory", LEFT_OUT, "empty at the beginning of the text; retrieval within a document is not built"),
-    Row("entropy_valve", LEFT_OUT, "not built yet: needs depth as a choice of the evaluator"),
-    Row("self_evolution: ttt", PART, "adapters of each document that learn behind the score (EVAL=ttt); the "
-        "closed-form update of the second matrix is not built yet", ("TTT_SITES", "TTT_DOWN_LR")),
+    Row("looping: adaptive_exit", BUILT, "in evaluation each position leaves by itself when a pass changes it by "
+        "less than a share, so that the past alone decides; off", ("LOOP_EXIT", "EVAL_PASSES")),
+    Row("span_inference", PART, "./run.sh generate SPECULATE=n drafts what followed the text's own end before and "
+        "reads a draft in one forward, with the same distribution; no bank, no tree, and nothing of it moves a score"),
+    Row("grammar, debt_ledger", PART, "./run.sh generate GRAMMAR=json, brackets or a file masks what cannot follow. In "
+        "the score they were a constant on all logits, which softmax takes out again; features with a learned bias are "
+        "not built"),
+    Row("semantic_memory", PART, "binary codes of final states find the earlier ones of the document that are most "
+        "like them, and what followed those is added; off. Nothing is kept from document to document",
+        ("RETRIEVAL_BITS", "RETRIEVAL_TOP")),
+    Row("entropy_valve", BUILT, "an evaluator that gives each chunk of a document one, two or four passes by the "
+        "mean entropy of the chunk before; the other five metrics are defined nowhere", ("VALVE_PASSES", "VALVE_BITS")),
+    Row("self_evolution: ttt", BUILT, "the closed-form update of the second feed-forward matrix, chunk by chunk, anew "
+        "for each document, as part of the forward; off. Adapters of each document that learn behind the score "
+        "(EVAL=ttt)",
+        ("INPLACE_LAYERS", "INPLACE_LR", "INPLACE_CHUNK", "INPLACE_MOMENTUM", "INPLACE_DECAY", "TTT_SITES")),
+    Row("self_evolution: loop_depth_learning", LEFT_OUT, "exit and valve choose the depth; a head that predicts it "
+        "would save passes, not bits"),
     Row("self_evolution: the rest", LEFT_OUT, "guidelines, cases, feedback and span growth need a critic or generated "
         "text; they predict nothing that is scored"),
     Row("braid_state", PART, "recurrent states and convolutions are the state; sketches and entity tables are not"),
-    Row("modes, generation", LEFT_OUT, "there is no generation yet"),
+    Row("modes, generation", BUILT, "./run.sh generate: temperature, top-p, repetition, streaming, one, two or four "
+        "passes by MODE, ternary matrices in two bits a weight"),
     Row("training phases", PART, "pretraining, with context that grows; tuning on answers is another task",
         ("TRAIN_SEQ_SCHEDULE",)),
     Row("byte_level", LEFT_OUT, "byte models of the challenge are 0.07 bits behind its token models"),
     Row("deployment, memory_budget, files", LEFT_OUT, "product plumbing; the artifact's container is its own"),
-    Row("diagnostics", PART, "zeros, bits and churn of trits, and what is added before each pass, are logged; gates' "
-        "means, load of experts and learning at test time are not", ("VAL_LOSS_EVERY",)),
+    Row("diagnostics", BUILT, "logged: means of the delta rules' gates, imbalance of experts, mean passes, zeros, bits "
+        "and churn of trits, what is added before each pass; what learning at test time gains is the difference of two "
+        "scores", ("VAL_LOSS_EVERY", "TRAIN_LOG_EVERY")),
     Row("context_tiers", PART, "attention's window, recurrent state, adapters of test-time training"),
     Row("multimodal", LEFT_OUT, "no such data, and bytes that text needs"),
     Row("safety", LEFT_OUT, "guards of a chat program"),

@@ -26,6 +26,7 @@ SQUEEZE = ROOT / "records" / "squeeze.json"  # made by ./run.sh bench formats RU
 COMPARE = ROOT / "records" / "compare_presets.json"  # made by ./run.sh bench presets
 CRAWLER = ROOT / "records" / "compare_crawler.json"  # made by ./run.sh bench crawler
 TERNARY = ROOT / "records" / "compare_ternary.json"  # made by ./run.sh bench ternary
+HYBRID = ROOT / "records" / "compare_hybrid.json"  # made by ./run.sh bench hybrid
 JAMONE = ROOT / "records" / "jamone_run.json"  # the command is in records/LOG.md
 RUNS = {("sixteen", "tiny"): REFERENCE, ("jamone", ""): JAMONE}  # preset and overlay of a run -> its record
 PART = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.S)
@@ -92,7 +93,7 @@ def compare_table() -> str:
 
 def suite_table(record: Path, name: str, more: dict[str, str]) -> str:
     """The rows of a comparison with a base, the best first, with `more` of its columns and their formats; then what
-    coarser squeezes of some cost. Or the command that measures them."""
+    was made of some weights again. Or the command that measures them."""
     if not record.exists():
         return f"`./run.sh bench {name}` makes this table; it has not been made yet."
     shapes, runs, table, *rest = json.loads(record.read_text())["tables"]
@@ -132,6 +133,11 @@ def crawler_table() -> str:
 def ternary_table() -> str:
     """The ternary block's comparison."""
     return suite_table(TERNARY, "ternary", {"bits a trit": ".3f", "zeros": ".3f"})
+
+
+def hybrid_table() -> str:
+    """The hybrid stack's comparison, and some of its artifacts evaluated otherwise."""
+    return suite_table(HYBRID, "hybrid", {})
 
 
 def measured(record: Path, *names: str) -> str:
@@ -254,8 +260,8 @@ def settings_table() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "result": result_table, "squeeze": squeeze_table, "compare": compare_table, "crawler": crawler_table,
-    "ternary": ternary_table, "claims": claims_table, "layout": layout_table, "presets": presets_table,
-    "settings": settings_table}
+    "ternary": ternary_table, "hybrid": hybrid_table, "claims": claims_table, "layout": layout_table,
+    "presets": presets_table, "settings": settings_table}
 
 
 def fresh(text: str) -> str:

@@ -362,8 +362,51 @@ def recurrence_case(place: Place, name: str) -> Case:
                 recurrence_work(name, rows * length, heads, key, value, moving - 3), tuple(range(moving)), draw)
 
 
+def experts_case(place: Place) -> Case:
+    """The experts of the first block that has some, on a micro-batch, chosen at random. The reference sends all tokens
+    through all of them."""
+    model = place.config.model
+    plan = next(plan for plan in gpt.plan_blocks(model) if plan.experts)
+    tokens, width, hidden, count, each = (place.rows * place.length, model.model_dim, gpt.expert_width(model, plan),
+                                          plan.experts, min(model.moe_topk, plan.experts))
+    size, matrices = place.dtype.itemsize, 8 * plan.experts * width * hidden
+    flops, stream = 4 * tokens * each * width * hidden, tokens * width * size
+
+    def draw() -> tuple[Inputs, Inputs]:
+        shares = place.normal(3, tokens, count, dtype=torch.float32).sigmoid()
+        taken, chosen = shares.topk(each)
+        inputs = (place.normal(0, tokens, width),
+                  place.normal(1, count, hidden, width, scale=width ** -0.5, dtype=torch.float32),
+                  place.normal(2, count, width, hidden, scale=hidden ** -0.5, dtype=torch.float32), chosen, taken,
+                  lambda x: torch.relu(x).square())
+        return inputs, inputs
+
+    work = Work(flops, 2 * stream + matrices, 3 * flops, 5 * stream + 3 * matrices, 3 * flops * count / each,
+                5 * size * tokens * hidden)
+    return Case(f"{tokens}x{width}, {each} of {count} experts of {hidden}", work, (0, 1, 2, 4), draw)
+
+
+def written_case(place: Place) -> Case:
+    """What the rows of a micro-batch write into a block's second matrix and read of it; the reference fills whole
+    (T, T) squares."""
+    model, rows, length = place.config.model, place.rows, place.length
+    plan = next(plan for plan in gpt.plan_blocks(model) if plan.learns)
+    tokens, width, hidden = rows * length, model.model_dim, gpt.learning_width(model, plan)
+    flops, size = 4 * tokens * width * hidden, 4 * tokens * (hidden + 2 * width)
+
+    def draw() -> tuple[Inputs, Inputs]:
+        keys = torch.nn.functional.normalize(place.normal(0, rows, length, hidden, dtype=torch.float32), dim=-1)
+        inputs = (keys, place.normal(1, rows, length, width, dtype=torch.float32), None, model.inplace_chunk,
+                  model.inplace_momentum, model.inplace_decay)
+        return inputs, inputs
+
+    work = Work(flops, size, 3 * flops, 3 * size, 6 * tokens * length * (hidden + width), 3 * 4 * tokens * length)
+    return Case(f"{rows}x{length}, {hidden} to {width}, chunks of {model.inplace_chunk}", work, (0, 1), draw)
+
+
 CASES: dict[str, Callable[[Place], Case]] = {
-    "attention": attention_case, "mean_nats": mean_nats_case, "mlp": mlp_case,
+    "attention": attention_case, "mean_nats": mean_nats_case, "mlp": mlp_case, "experts": experts_case,
+    "written": written_case,
     **{name: functools.partial(recurrence_case, name=name) for name in ("delta", "mlstm", "titans", "deep")}}
 
 
@@ -709,7 +752,7 @@ class Speed:
         others: dict[str, list[Tensor]] = {}
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-            if gpt.UPDATES[getattr(optim, gpt.ROLES[parameter.role].optimizer)].step is None:
+            if gpt.UPDATES[gpt.rule_of(parameter.role, optim)].step is None:
                 banks.setdefault(tuple(parameter.shape), []).append(parameter.detach())
             else:
                 others.setdefault(parameter.role, []).append(parameter.detach())
