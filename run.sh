@@ -191,7 +191,10 @@ case $task in
     set_up "$task"
     failed=0
     "$PY" -m ruff check . || failed=$?
-    "$PY" -m pytest -q "$@" || failed=$?
+    workers=()  # whole files side by side, where all are run
+    cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    if (($# == 0 && cores > 1)); then workers=(-n "$((cores < 4 ? cores : 4))" --dist loadfile); fi
+    "$PY" -m pytest -q ${workers[@]+"${workers[@]}"} "$@" || failed=$?
     exit "$failed"
     ;;
   job)

@@ -347,7 +347,8 @@ def test_ci_run_lints_and_tests(fresh: Copy, ruff: str, tests: str, expected: in
     code, out, _ = fresh.run(".ci/run", FAKE_RUFF=ruff, FAKE_PYTEST=tests)
     assert code == expected
     assert out.splitlines()[-1] == "12 passed"
-    assert fresh.fake_log()[-2:] == ["-m ruff check .", "-m pytest -q"]
+    lint, tests = fresh.fake_log()[-2:]
+    assert lint == "-m ruff check ." and re.fullmatch(r"-m pytest -q( -n [2-4] --dist loadfile)?", tests)
 
 
 def test_test_hands_its_words_to_pytest(fresh: Copy):
