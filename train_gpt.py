@@ -9600,12 +9600,13 @@ def collect(run: Run, model: GPT, rows: Batches, count: int) -> tuple[Calibratio
     return found, buffer.getvalue()
 
 
-RESERVE_MARGIN = 1.6  # on the rehearsed seconds: a shared machine may be slower when they are needed
+RESERVE_MARGIN = 1.5  # on the rehearsed seconds: a shared machine may be slower when they are needed
 
 
 def rehearse_squeeze(run: Run, model: GPT) -> tuple[float, float]:
-    """Seconds to keep for the calibration, from one and from two rounds of it on random tokens and a copy of the model;
-    and with STRICT_CLOCK those of writing, from one build of the artifact of untrained weights."""
+    """Seconds to keep for the calibration, from half of its rounds on random tokens and a copy of the model, taken for
+    the other half too (the difference of one and two rounds was too little by half on a shared machine); and with
+    STRICT_CLOCK those of writing, from one build of the artifact of untrained weights."""
     config, world = run.config, run.world
     calibrated = "calibrate" in config.run.stages and needs_calibration(routes_of(model, config.artifact),
                                                                        config.artifact)
@@ -9638,10 +9639,9 @@ def rehearse_squeeze(run: Run, model: GPT) -> tuple[float, float]:
     reserve = writing = 0.0
     if calibrated:
         spent(1)
-        one, two = spent(1), spent(2)
-        each = max(0.0, two - one)
         rounds = -(-config.artifact.gptq_calibration_batches // workers)
-        reserve = RESERVE_MARGIN * (max(one - each, 0.0) + rounds * each)
+        half = -(-rounds // 2)
+        reserve = RESERVE_MARGIN * spent(half) * rounds / half
     if config.train.strict_clock and "write" in config.run.stages:
         began = run.clock()
         Squeeze(run, weights, model, found).build(None)
