@@ -404,7 +404,8 @@ class EvalSettings:
     eval_passes: int = setting(0, "passes in evaluation of ( ) groups whose passes training draws, at most what it "
                                "draws; 0 is their mean", low=0, high=999)
     loop_exit: float = setting(0.0, "in evaluation a position leaves a ( ) group when a pass changes it by less than "
-                               "this share; 0 is never", low=0.0, high=1.0)
+                               "this share: later passes find it as it was, which saves none of their work; 0 is never",
+                               low=0.0, high=1.0)
     valve_passes: tuple[float, ...] = setting((1.0, 2.0, 4.0), "passes that EVAL=valve chooses from for each "
                                               "chunk of a document", low=1, high=999)
     valve_bits: float = setting(2.0, "it takes the first below half this mean entropy of the chunk before, the second "

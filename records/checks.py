@@ -752,19 +752,30 @@ def comparison(scores: Mapping[int, tuple[float | None, float]], base: str, rows
 
 
 def k19(facts: Facts) -> Verdict:
-    """Every run of the configuration is told, and none was left out because it was worse."""
+    """Every run of the configuration is told, and none was left out because it was worse: one that no record may hold
+    (over its budget, over the cap, caught by the audit) is told too, and was not left out by choice."""
     runs = facts.claim.raw.get("all_runs")
     if not isinstance(runs, list) or not all(isinstance(row, dict) for row in runs):
         return Verdict(FAIL if facts.ours else UNKNOWN, "no list of all runs of this configuration")
     listed = [row.get("seed") for row in runs]
     faults = [f"seed {seed}: is not in the list of runs" for seed in facts.seeds if seed not in listed]
-    dropped = [row for row in runs if row.get("used") is not True and row.get("same_script") is not False
-               and schema.is_number(row.get("val_bpb"))]
+    dropped, barred = [], []
+    for row in runs:
+        if row.get("used") is not True and row.get("same_script") is not False and schema.is_number(row.get("val_bpb")):
+            (barred if disqualified(row) else dropped).append(row)
     used = [bpb for _, bpb in facts.scores().values()]
     if dropped and used and statistics.fmean(used) < statistics.fmean([*used, *(row["val_bpb"] for row in dropped)]):
-        faults.append(f"{len(dropped)} finished runs were left out, and the mean is better without them: seeds "
+        faults.append(f"{len(dropped)} runs with a score were left out, and the mean is better without them: seeds "
                       f"{', '.join(shown(row.get('seed'), 12) for row in dropped[:6])}")
-    return verdict(faults, f"{len(runs)} runs listed, {len(dropped)} finished ones not used")
+    told = "; ".join(f"seed {shown(row.get('seed'), 12)} {shown(row['disqualified'][0], 80)}" for row in barred[:6])
+    return verdict(faults, f"{len(runs)} runs listed, {len(dropped)} with a score not used"
+                           + (f", {len(barred)} more that no record may hold: {told}" if barred else ""))
+
+
+def disqualified(row: Mapping[str, Any]) -> bool:
+    """Whether a row of all_runs says in words why no record may hold the run."""
+    reasons = row.get("disqualified")
+    return isinstance(reasons, list) and bool(reasons) and all(isinstance(text, str) and text for text in reasons)
 
 
 # ---- folder and schema

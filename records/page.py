@@ -95,8 +95,11 @@ def compared(found: Mapping[str, Any]) -> str:
 def command_part(record: Record) -> str:
     """The command of each seed, data, environment, and all runs of the configuration."""
     data, runs = record["data"], record["all_runs"]
+    barred = any(row.get("disqualified") for row in runs)
+    columns = ["run", "seed", "finished", "BPB", "used", "same script", *(["disqualified by"] if barred else [])]
     rows = [[str(row["run"]), str(row["seed"]), str(row["finished"] or "not finished"), told(row["val_bpb"], ".5f"),
-             "yes" if row["used"] else "no", "yes" if row["same_script"] else "no"] for row in runs]
+             "yes" if row["used"] else "no", "yes" if row["same_script"] else "no",
+             *(["; ".join(row["disqualified"]).replace("|", "/")] if barred else [])] for row in runs]
     environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
     return (f"    {record['command']}\n\nThe packed script holds every setting of the run (`config.json` lists them); "
             f"`source/train_gpt.py` is the readable one it was made of, commit {record['commit']}, sha256 "
@@ -104,7 +107,7 @@ def command_part(record: Record) -> str:
             f"{data['val_bytes']:,} bytes in {data['val_tokens']:,} targets, manifest sha256 "
             f"{data['manifest_sha256']}; tokenizer sha256 {record['tokenizer']['sha256']}.\n\nEnvironment: "
             f"{environment}.\n\nEvery run of this configuration that stood beside those of this record:\n\n"
-            + table(["run", "seed", "finished", "BPB", "used", "same script"], rows, 6))
+            + table(columns, rows, len(columns)))
 
 
 def checks_part(record: Record) -> str:

@@ -26,6 +26,7 @@ Exit codes: 0 done, 2 a mistake in the input (one clear line), 3 a failed check.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -35,7 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -115,6 +116,25 @@ def read_run(path: Path) -> RunFacts:
     return RunFacts(folder, path.resolve().name, result, config["settings"], recipe, log)
 
 
+def disqualified(result: Mapping[str, Any], files: Mapping[str, int], track: schema.Track) -> list[str]:
+    """What keeps a run out of every record of a track, whatever it and the others score; `files` are its folder's
+    sizes."""
+    reasons, budget = [], result["budget"]
+    total = max(result["artifact"]["total_bytes"], files.get("train_gpt.py", 0) + files.get("artifact.bin", 0))
+    if total > CAP_BYTES:
+        reasons.append(f"{total} bytes are {total - CAP_BYTES} over the {CAP_BYTES}")
+    if not budget["ok"]:
+        reasons.append(f"over its budget (training {budget['train_seconds']:.1f} s, evaluation "
+                       f"{budget['eval_seconds']:.1f} s)")
+    for what, name, most in (("training", "train_seconds", track.train_seconds),
+                             ("evaluation", "eval_seconds", track.eval_seconds)):
+        if most and budget[name] > most:
+            reasons.append(f"{budget[name]:.1f} s of {what}, the track allows {most:g}")
+    if not result["ledger"]["scored_once"]:
+        reasons.append("its ledger does not say that every target was scored once")
+    return reasons + [f"audit of {rule} failed" for rule, row in result["audit"].items() if row.get("pass") is not True]
+
+
 def refusals(runs: Sequence[RunFacts], track: schema.Track) -> list[str]:
     """What the checklist forbids in the runs themselves, one line each; the folder's own checks come later."""
     first, faults = runs[0].result, []
@@ -143,22 +163,7 @@ def refusals(runs: Sequence[RunFacts], track: schema.Track) -> list[str]:
                     faults.append(f"{where}: {name} is not the one that {what} (sha256)")
             except FolderError as error:
                 faults.append(f"{where}: {error}")
-        total = result["artifact"]["total_bytes"]
-        shipped = run.folder.files.get("train_gpt.py", 0) + run.folder.files.get("artifact.bin", 0)
-        if max(total, shipped) > CAP_BYTES:
-            faults.append(f"{where}: {max(total, shipped)} bytes are {max(total, shipped) - CAP_BYTES} over the "
-                          f"{CAP_BYTES}")
-        if not result["budget"]["ok"]:
-            faults.append(f"{where}: over its budget (training {result['budget']['train_seconds']:.1f} s, evaluation "
-                          f"{result['budget']['eval_seconds']:.1f} s)")
-        for what, name, most in (("training", "train_seconds", track.train_seconds),
-                                 ("evaluation", "eval_seconds", track.eval_seconds)):
-            if most and result["budget"][name] > most:
-                faults.append(f"{where}: {result['budget'][name]:.1f} s of {what}, the track allows {most:g}")
-        if not result["ledger"]["scored_once"]:
-            faults.append(f"{where}: its ledger does not say that every target was scored once")
-        faults += [f"{where}: audit of {rule} failed" for rule, row in result["audit"].items()
-                   if row.get("pass") is not True]
+        faults += [f"{where}: {reason}" for reason in disqualified(result, run.folder.files, track)]
         faults += [f"{where}: alarm: {shown(alarm)}" for alarm in result["alarms"]]
     if track.audit and not any(run.result["audit"] for run in runs):
         faults.append(f"AUDIT: no run was audited, which this track asks for; RUN_ID={runs[0].name} "
@@ -210,10 +215,11 @@ def metric_label(run: RunFacts, kind: str) -> str:
     return labels[-1]
 
 
-def runs_beside(runs: Sequence[RunFacts], kind: str) -> list[dict[str, Any]]:
-    """Every run of the configuration that stands beside the given ones, finished or not."""
+def runs_beside(runs: Sequence[RunFacts], kind: str, track: schema.Track) -> list[dict[str, Any]]:
+    """Every run of the configuration that stands beside the given ones, finished or not: its score where it has one,
+    and what disqualifies it, which only a whole result can say."""
     rows: list[dict[str, Any]] = []
-    used = {run.folder.root.resolve() for run in runs}
+    used, code = {run.folder.root.resolve() for run in runs}, runs[0].result["code_sha256"]
     for parent in dict.fromkeys(path.parent for path in sorted(used)):
         for path in sorted(parent.iterdir())[:MOST_RUNS_BESIDE]:
             try:
@@ -222,14 +228,19 @@ def runs_beside(runs: Sequence[RunFacts], kind: str) -> list[dict[str, Any]]:
                     continue
                 held = path / "result.json"
                 result = json.loads(held.read_text(encoding="utf-8")) if held.exists() else {}
-                seed = config["settings"]["SEED"]
+                done = "budget" in result and datetime.datetime.fromtimestamp(held.stat().st_mtime, datetime.UTC)
+                row = {"run": path.name, "seed": config["settings"]["SEED"],
+                       "finished": done.strftime("%Y-%m-%dT%H:%M:%SZ") if done else None,
+                       "val_bpb": result.get("scores", {}).get(kind, {}).get("val_bpb"), "used": path in used,
+                       "same_script": result.get("code_sha256", code) == code, "disqualified": []}
+                sizes = {name: (path / name).stat().st_size for name in ("train_gpt.py", "artifact.bin")
+                         if (path / name).is_file()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError, FolderError):
                 continue  # no run folder
-            done = datetime.datetime.fromtimestamp(held.stat().st_mtime, datetime.UTC) if "budget" in result else None
-            rows.append({"run": path.name, "seed": seed, "finished": done and done.strftime("%Y-%m-%dT%H:%M:%SZ"),
-                         "val_bpb": result.get("scores", {}).get(kind, {}).get("val_bpb"), "used": path in used,
-                         "same_script": result.get("code_sha256", runs[0].result["code_sha256"])
-                         == runs[0].result["code_sha256"]})
+            with contextlib.suppress(schema.ResultError):  # where a result is not whole, its score counts
+                schema.check_result(result)
+                row["disqualified"] = disqualified(result, sizes, track)
+            rows.append(row)
     return rows
 
 
@@ -274,7 +285,7 @@ def make_record(runs: Sequence[RunFacts], words: argparse.Namespace, kind: str, 
         "source_sha256": first["source_sha256"], "code_sha256": first["code_sha256"], "commit": first["commit"],
         "command": f"{launch} train_gpt.py SEED=<seed> DATA_PATH=<dataset folder>",
         "comparison": schema.plain(checks.comparison(scores, **base)) if base else {},
-        "all_runs": runs_beside(runs, kind)}
+        "all_runs": runs_beside(runs, kind, TRACKS[words.track])}
 
 
 def dump(value: Any) -> bytes:

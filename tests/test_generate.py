@@ -19,7 +19,7 @@ import torch
 from conftest import MINI_VOCAB, ROOT, make_model, small_config, small_words, synthetic_documents
 
 import train_gpt as gpt
-from tools import generate
+from tools import bench, generate
 from tools.generate import Drafts, Meter, Options, Remembering, Rereading, continue_text
 
 needs_llguidance = pytest.mark.skipif(importlib.util.find_spec("llguidance") is None,
@@ -334,6 +334,10 @@ def test_a_document_that_ends_ends_the_text():
     meter, given = Meter(), []
     made = continue_text(Tabled(table), [gpt.BOS, 2], Options(greedy=True, repetition=1.2), given.append, None, meter)
     assert made == given == [3, 3] and meter.stopped == "end" and len(meter.times) == 3
+    for more in ({"greedy": True}, {"greedy": True, "speculate": 4}, {"speculate": 4}):
+        endless = Options(tokens=20, repetition=1.2, ignore_eos=True, **more)
+        made = continue_text(Tabled(table), [gpt.BOS, 2], endless, silent, None, meter)
+        assert len(made) == 20 and gpt.BOS not in made and meter.stopped == "tokens"
 
 
 @pytest.mark.parametrize(("stack", "mode", "passes", "told"), [
@@ -587,6 +591,40 @@ def test_every_preset_and_mode_makes_text(mini, tmp_path, capsys):
         assert out and told in err and ("no ternary matrix" in err) == (preset == "sixteen")
 
 
+def test_text_that_never_ends_has_no_grammar(finished, capsys):
+    out, err = command(capsys, f"FROM={finished}", "IGNORE_EOS=1", "GRAMMAR=json", code=2)
+    assert not out and err == "IGNORE_EOS=1: not with GRAMMAR=json, which says itself where a text may end\n"
+
+
+def test_the_benchmark_compares_the_same_text(finished, tmp_path, capsys, monkeypatch):
+    """All rows of a ternary artifact; a text that differs is said."""
+    out = tmp_path / "rows.json"
+    call = ["generate", str(finished), "TOKENS=40", "AT=8,30", "PROMPT=Ab ", "THREADS=1", "--json", str(out)]
+    assert bench.main(call) == 0
+    rows = {row["as"]: row for row in json.loads(out.read_text())["tables"][0]["rows"]}
+    assert [*rows] == [*bench.GENERATE_ROWS] and {row["text"] for row in rows.values()} == {"same"}
+    assert rows["plain"]["last / first"] == pytest.approx(rows["plain"]["at 30"] / rows["plain"]["at 8"])
+    assert rows["packed"]["model bytes"] < rows["plain"]["model bytes"] and rows["packed"]["packed / bf16"] < 0.3
+    assert rows["drafts"]["at 8"] is None and rows["drafts"]["drafts taken"] is not None
+    assert rows["plain"]["packed / bf16"] is None and rows["plain"]["state bytes"] > 0
+    text = capsys.readouterr().out
+    assert "at 30" in text and "ternary" in text
+    true = generate.continue_text
+    monkeypatch.setattr(generate, "continue_text", lambda reader, prompt, options, *more: [
+        token + options.packed for token in true(reader, prompt, options, *more)])
+    assert bench.main(call) == 0
+    rows = {row["as"]: row for row in json.loads(out.read_text())["tables"][0]["rows"]}
+    assert [rows[name]["text"] for name in bench.GENERATE_ROWS] == ["same", "OTHER", "same", "OTHER"]
+
+
+def test_speed_is_the_median_around_a_place():
+    times = [0.0]
+    for token in range(2000):
+        times.append(times[-1] + (9.0 if token % 10 == 0 else 0.5 if token < 1000 else 0.25))
+    assert bench.speed_at(times, 500) == pytest.approx(2) and bench.speed_at(times, 1500) == pytest.approx(4)
+    assert bench.speed_at(times, 5000) is None
+
+
 @needs_llguidance
 def test_a_grammar_that_is_not_satisfied_is_said(finished, capsys, tmp_path):
     path = tmp_path / "long.lark"
@@ -601,6 +639,7 @@ BAD = {"TOKENS=0": "a whole number of at least 1", "TOKENS=x": "a whole number",
        "SEED=-1": "a whole number", "GREEDY=yes": "must be one of 0, 1", "MODE=deep": "must be one of evaluation, fast",
        "SPECULATE=-1": "a whole number", "SPECULATE=999": "at most 256", "PACKED=2": "must be one of 0, 1",
        "GRAMMAR=xml": "must be none, json, brackets or a .lark file", "GRAMMAR=/no/x.lark": "must be none",
+       "IGNORE_EOS=on": "must be one of 0, 1",
        "REPORT=": "must be one of 0, 1", "JSON=a": "must be one of 0, 1", "TOKEN=3": "must be FROM=, PROMPT=",
        "hello": "must be FROM=", "--json": "must be FROM=", "": "must be FROM=", "two\nlines": "must be FROM=",
        "MODEL_DIM=3": "must be FROM=", "PROMPT=\udcff": "must be UTF-8", "FROM=": "must be a run folder",

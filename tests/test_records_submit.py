@@ -188,7 +188,7 @@ def put(*place, value):
 def leave_out(record):
     best = min(row["val_bpb"] for row in record["seed_results"].values())
     record["all_runs"].append({"run": "other", "seed": 5, "finished": "2026-05-04T00:00:00Z", "val_bpb": best + 1,
-                               "used": False, "same_script": True})
+                               "used": False, "same_script": True, "disqualified": []})
 
 
 def append(name, data):
@@ -800,8 +800,50 @@ def test_a_base_is_compared_and_checked(runs, tmp_path):
 
 
 def test_runs_beside_are_told(runs, tmp_path):
-    record = json.loads(json.dumps(submit.runs_beside([submit.read_run(path) for path in runs[:2]], "contiguous")))
+    given, track = [submit.read_run(path) for path in runs[:2]], schema.TRACKS["non_record_16mb"]
+    record = json.loads(json.dumps(submit.runs_beside(given, "contiguous", track)))
     assert {row["run"]: row["used"] for row in record} == {"s1337": True, "s42": True, "s7": False}
+    assert all(row["disqualified"] == [] and row["finished"] and row["same_script"] for row in record)
+
+
+def test_a_run_that_no_record_may_hold_is_told_and_not_held_against_the_others(runs, tmp_path, capsys):
+    """Over its budget, a run can be in no record; its score, the worst of all, is told and drops nobody's mean. A worse
+    one without such a reason does, whether its report is whole, damaged, absent, or raised an alarm."""
+    place = tmp_path / "beside"
+    for path in runs:
+        shutil.copytree(path, place / path.name)
+
+    def add(name, change):
+        shutil.copytree(runs[0], place / name)
+        edit(place / name / "config.json", put("settings", "SEED", value=99))
+        edit(place / name / "result.json", put("scores", "contiguous", "val_bpb", value=9.0))
+        edit(place / name / "result.json", change)
+
+    add("over", lambda r: r["budget"].update(ok=False))
+    shutil.copytree(runs[0], place / "stopped")
+    (place / "stopped" / "result.json").unlink()
+    words, mine = make_words([place / path.name for path in runs], tmp_path / "records"), [r.name for r in runs]
+    for name, change in {"worse": lambda r: None, "no report": lambda r: r.pop("budget"), "damaged": lambda r: r.pop(
+            "artifact"), "alarm": lambda r: r["alarms"].append("diverged")}.items():
+        add(name, change)
+        assert submit.main(words) == 3
+        assert "K19" in capsys.readouterr().err and not (tmp_path / "records" / OWN / f"{DATE}_Tiny").exists()
+        shutil.rmtree(place / name)
+    assert submit.main(words) == 0
+    target = tmp_path / "records" / OWN / f"{DATE}_Tiny"
+    told = {row["run"]: row for row in json.loads((target / "submission.json").read_text())["all_runs"]}
+    assert sorted(told) == sorted([*mine, "over", "stopped"])
+    assert [told[name]["used"] for name in ("over", "stopped")] == [False] * 2
+    assert told["over"]["val_bpb"] == 9 and "over its budget" in told["over"]["disqualified"][0]
+    assert told["stopped"] | {"val_bpb": None, "disqualified": [], "finished": None} == told["stopped"]
+    page = (target / "README.md").read_text()
+    assert re.search(r"^\| over \| 99 \|.*\| no \| yes \| over its budget", page, re.M)
+    found = submit.verify(target)["K19"]
+    assert found.status == PASS and "1 more that no record may hold: seed 99 over its budget" in found.evidence
+    for words_of in ("slow", True, [0], [""], [], None):
+        edit(target / "submission.json", lambda r, said=words_of: next(
+            row for row in r["all_runs"] if row["run"] == "over").update(disqualified=said))
+        assert submit.verify(target)["K19"].status == FAIL
 
 
 # ---- the artifact, run

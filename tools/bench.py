@@ -16,16 +16,18 @@ it names.
     ./run.sh bench crawler                    the crawler's passes, instructions and memory, and other mixers, likewise
     ./run.sh bench ternary                    a ternary block's updates, CAGS, scales, formats and passes, likewise
     ./run.sh bench hybrid                     the hybrid stack's mixers, loops, experts and in-place learning, likewise
+    ./run.sh bench generate [RUN_FOLDER ...]  text from artifacts: tokens a second along it, memory, the same text with
+                                              drafts and packed
     ./run.sh bench speed                      a preset's step, kernels and optimizer against the peaks of this machine
 
 Without a folder it is the newest finished one in runs/ that was trained without QAT; `schedule` then has an untrained
-model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `presets`, `parts`, `crawler`, `ternary` and `hybrid`
-keep theirs in records/ where no FILE is named. `formats`, `fit`, `ngram`, `speed` and the comparisons, `presets`,
-`parts`, `crawler`, `ternary` and `hybrid`, hand settings of train_gpt.py on. Comparisons (tools/compare.py) keep their
-runs in runs/compare and go on where they were stopped. `speed` (tools/speed.py) needs no data; it takes settings from
-the environment too, as training does. Seconds of all but `formats`, `fit`, `speed` and the comparisons are the
-processor's, on one thread (lanes with THREADS; on a GPU they are the clock's), of `gptq` and `codec` medians; the
-spread is that from fastest to slowest over the median. Options:
+model. `--json FILE` keeps the tables as JSON too; `ttt`, `ngram`, `generate`, `presets`, `parts`, `crawler`, `ternary`
+and `hybrid` keep theirs in records/ where no FILE is named. `formats`, `fit`, `ngram`, `generate`, `speed` and the
+comparisons, `presets`, `parts`, `crawler`, `ternary` and `hybrid`, hand settings of train_gpt.py on. Comparisons
+(tools/compare.py) keep their runs in runs/compare and go on where they were stopped. `speed` (tools/speed.py) needs no
+data; it takes settings from the environment too, as training does. Seconds of all but `formats`, `fit`, `generate`,
+`speed` and the comparisons are the processor's, on one thread (lanes with THREADS; on a GPU they are the clock's), of
+`gptq` and `codec` medians; the spread is that from fastest to slowest over the median. Options:
 
 """
 
@@ -64,7 +66,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import prepare  # noqa: E402
 
 import train_gpt as gpt  # noqa: E402
-from tools import compare, speed  # noqa: E402
+from tools import compare, generate, speed  # noqa: E402
 
 OURS, RIVALS = ("range", "context"), ("zpaq", "lrzip")
 SIGMA = 31 / 13  # deviation of a weight in steps of int6 that ends at k = 13
@@ -929,6 +931,48 @@ def bench_ngram(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]
         yield cost_table(held, options["MILLIONS"])
 
 
+# ---- generate
+
+GENERATE_ROWS: dict[str, dict[str, Any]] = {  # the same greedy text, made otherwise
+    "plain": {}, "packed": {"packed": True}, "drafts": {"speculate": 8},
+    "packed, drafts": {"packed": True, "speculate": 8}}
+NEAR = 256  # tokens around a place, whose median is its speed: other programs do not count
+
+
+def speed_at(times: list[float], place: int) -> float | None:
+    """Tokens a second around a place of a text whose tokens were there at these times; None where it is shorter."""
+    near = [after - before for before, after in itertools.pairwise(times[max(0, place - NEAR // 2):place + NEAR // 2])]
+    return 1 / statistics.median(near) if place < len(times) and near else None
+
+
+def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
+    """Greedy text of each artifact in all rows of GENERATE_ROWS."""
+    rows, places = [], options["AT"]
+    for folder in folders or [newest_run()]:
+        first: list[int] = []
+        for name, changes in GENERATE_ROWS.items():
+            wanted = generate.Options(tokens=options["TOKENS"], greedy=True, ignore_eos=True, **changes)
+            held = generate.load(folder, options["words"], wanted.packed)
+            if wanted.packed and held.packing is None:
+                continue  # no ternary matrix
+            meter = generate.Meter()
+            made = generate.generate(held, generate.encode_prompt(held.tokenizer, options["PROMPT"]), wanted,
+                                     lambda token: None, meter)
+            found, first = generate.measure(meter, held), first or made
+            speeds = [None if wanted.speculate else speed_at(meter.times, place) for place in places]
+            rows.append([
+                held.config.run.preset, held.config.model.stack, name, "same" if made == first else "OTHER",
+                found["tokens_per_second"], *speeds, speeds[-1] / speeds[0] if all(speeds) else None,
+                found["accepted"] / found["drafted"] if found["drafted"] else None, found["model_bytes"],
+                held.packing and held.packing.share, found["state_bytes"]])
+    columns = {"preset": "", "stack": "", "as": "", "text": "", "tokens/s": ",.1f",
+               **{f"at {place}": ",.1f" for place in places}, "last / first": ".3f", "drafts taken": ".0%",
+               "model bytes": ",d", "packed / bf16": ".3f", "state bytes": ",d"}
+    yield Table(f"Greedy text of {options['TOKENS']} tokens from each artifact", columns, rows,
+                f"at n: the median of {NEAR} tokens around token n; text: against the first row of the same artifact; "
+                "packed / bf16: bytes of the ternary matrices; state: what is kept of the text at its end")
+
+
 # ---- command line
 
 
@@ -1045,6 +1089,11 @@ COMMANDS = {
         "BLOCKS": numbers_option([256, 1024, 4096, 16384, 65536], int, "block sizes, on the first text"),
         "MILLIONS": numbers_option([1.0, 2.0, 5.0], float, "million tokens of the part cost"),
         "THREADS": LANES}, gpt.SETTINGS, ARTIFACT, "ngram.json"),
+    "generate": Command(bench_generate, 99, {
+        "TOKENS": count_option(4200, "made for each row"),
+        "AT": numbers_option([500, 4000], int, "places in the text where its speed is shown"),
+        "PROMPT": Option("The ", str, lambda text: True, "a text", "what the text follows")},
+        generate.SETTINGS, ARTIFACT, "generate.json"),
     "presets": Command(lambda _, options: itertools.starmap(Table, compare.presets(options)), 0, {
         "PRESETS": names_option(gpt.PRESETS, "systems"),
         "BASE": Option("", str, bool, "a preset", f"the one that is compared with the others; {USUAL}, else the last"),

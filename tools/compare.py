@@ -135,11 +135,12 @@ TERNARY_ROWS: dict[str, list[str]] = {
 TERNARY_OWN_SHAPE = frozenset({"binary", "sherry", "low-rank", "distinct-8", "distinct-2"})
 
 # Rows of `hybrid`, changes of the hybrid stack whose middle is passed one to four times, drawn for each row: mixers,
-# fixed passes, what a pass begins with, experts, in-place learning.
+# fixed passes, what a pass begins with, experts, in-place learning, context that grows.
 HYBRID_ROWS: dict[str, list[str]] = {
     "again": [],
     "attention": ["STACK=A (A2)*1..4~2 A"],
     "recurrent": ["STACK=G (X G)*1..4~2 G"],
+    "titans": ["STACK=G (T A)*1..4~2 A"],
     "loop-1": ["STACK=G X A2", "LOOP_STATE=none"],
     "loop-2": ["STACK=G (X A)*2 A"],
     "loop-4": ["STACK=G (X A)*4 A"],
@@ -153,8 +154,9 @@ HYBRID_ROWS: dict[str, list[str]] = {
     "retrieval": ["RETRIEVAL_BITS=64"],
     "eight-bits": ["ACT_INT8=1"],
     "no-extra-norms": ["EXTRA_NORMS=0"],
+    "short-context": ["TRAIN_SEQ_SCHEDULE=128@0.5,256@1"],
 }
-HYBRID_OWN_SHAPE = frozenset({"attention", "recurrent", "distinct"})
+HYBRID_OWN_SHAPE = frozenset({"attention", "recurrent", "titans", "distinct"})
 
 
 # ---- statistics

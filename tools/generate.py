@@ -101,6 +101,7 @@ class Options:
     speculate: int = option(0, number(int, 0, 256), "the longest draft, in tokens; 0 is none")
     packed: bool = option(False, read_flag, "ternary matrices stay packed")
     grammar: str = option("none", read_grammar, "none, json, brackets (balanced) or a .lark file")
+    ignore_eos: bool = option(False, read_flag, "the end of a document is never chosen; not with a GRAMMAR")
     report: bool = option(False, read_flag, "speed and memory, on standard error or in the JSON")
     json: bool = option(False, read_flag, "one JSON object instead of the text")
 
@@ -141,18 +142,23 @@ def parse(argv: list[str]) -> Words:
         texts["PROMPT"].encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"PROMPT: must be UTF-8, is not at character {error.start}") from None
-    return Words(folder, texts["PROMPT"], Options(**values), settings)
+    options = Options(**values)
+    if options.ignore_eos and options.grammar != "none":
+        raise UsageError(f"IGNORE_EOS=1: not with GRAMMAR={options.grammar}, which says itself where a text may end")
+    return Words(folder, texts["PROMPT"], options, settings)
 
 
 # ---- the model
 
 
 class Held(NamedTuple):
-    """An artifact that is ready to make text: configuration, model, tokenizer, and lines about them."""
+    """An artifact that is ready to make text: configuration, model, tokenizer, lines about them, and what of it is
+    packed, None where nothing is."""
     config: gpt.Config
     model: gpt.GPT
     tokenizer: Any
     lines: tuple[str, ...] = ()
+    packing: packed.Packed | None = None
 
 
 def find_tokenizer(data: gpt.DataSettings, facts: dict[str, Any]) -> Any:
@@ -183,13 +189,15 @@ def load(folder: Path, words: Iterable[str] = (), pack: bool = False) -> Held:
     model = gpt.make_model_from(facts, weights, kernels, dtype, path).requires_grad_(False)
     lines = [f"{path}: {sum(gpt.count_roles(model).values()):,} parameters, {str(dtype)[6:]} on {world.device}, "
              f"{threads} threads"]
+    found = None
     if pack:
         found = packed.pack_model(model, gpt.routes_of(model, config.artifact), weights)
         lines += [found.line, f"packed: {len(found.names)} matrices in {found.bytes:,} bytes, {found.share:.3f} of the "
                               f"{found.plain_bytes:,} that bf16 takes"
                   ] if found.names else ["PACKED=1: the model has no ternary matrix; changes nothing"]
         lines += [f"packed: left as they are, because not ternary: {', '.join(found.left)}"] if found.left else []
-    return Held(config, model.to(world.device), find_tokenizer(config.data, facts), tuple(lines))
+    return Held(config, model.to(world.device), find_tokenizer(config.data, facts), tuple(lines),
+                found if found and found.names else None)
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -462,6 +470,8 @@ class Choice:
             self.seen = torch.zeros(len(logits), dtype=torch.bool)
             self.seen[self.prompt] = True
         allowed = None if self.grammar is None else self.grammar.allowed()
+        if self.options.ignore_eos:
+            allowed = torch.arange(len(logits)) != gpt.BOS
         found = chances(logits, self.seen, self.options, allowed)
         return sample(found, self.generator) if drafted is None else settle(found, drafted, self.generator)
 

@@ -27,6 +27,7 @@ COMPARE = ROOT / "records" / "compare_presets.json"  # made by ./run.sh bench pr
 CRAWLER = ROOT / "records" / "compare_crawler.json"  # made by ./run.sh bench crawler
 TERNARY = ROOT / "records" / "compare_ternary.json"  # made by ./run.sh bench ternary
 HYBRID = ROOT / "records" / "compare_hybrid.json"  # made by ./run.sh bench hybrid
+TEXT = ROOT / "records" / "generate.json"  # made by ./run.sh bench generate RUN_FOLDER ...
 JAMONE = ROOT / "records" / "jamone_run.json"  # the command is in records/LOG.md
 RUNS = {("sixteen", "tiny"): REFERENCE, ("jamone", ""): JAMONE}  # preset and overlay of a run -> its record
 PART = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.S)
@@ -138,6 +139,23 @@ def ternary_table() -> str:
 def hybrid_table() -> str:
     """The hybrid stack's comparison, and some of its artifacts evaluated otherwise."""
     return suite_table(HYBRID, "hybrid", {})
+
+
+def text_table() -> str:
+    """Speed and memory of text from artifacts; or the command that measures them."""
+    if not TEXT.exists():
+        return "`./run.sh bench generate RUN_FOLDER ...` makes this table; it has not been made yet."
+    record = json.loads(TEXT.read_text())
+    table, machine = record["tables"][0], record["machine"]
+    forms = {"preset": "", "stack": "", "as": "", "text": "", "tokens/s": ",.0f",
+             **{name: ",.0f" for name in table["rows"][0] if name.startswith("at ")}, "last / first": ".2f",
+             "drafts taken": ".0%", "model bytes": ",d", "packed / bf16": ".3f", "state bytes": ",d"}
+    lines = [f"| {' | '.join(forms)} |", "| --- | --- | --- | --- |" + " ---: |" * (len(forms) - 4)]
+    for row in table["rows"]:
+        cells = ["" if row[name] is None else format(row[name], form) for name, form in forms.items()]
+        lines.append(f"| `{cells[0]}` | `{cells[1]}` | {' | '.join(cells[2:])} |")
+    return "\n".join([*lines, "", f"{table['title']}, on {machine['cores']} CPU cores ({machine['cpu']}, torch "
+                      f"{machine['torch']}); {table['note']}."])
 
 
 def measured(record: Path, *names: str) -> str:
@@ -260,8 +278,8 @@ def settings_table() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "result": result_table, "squeeze": squeeze_table, "compare": compare_table, "crawler": crawler_table,
-    "ternary": ternary_table, "hybrid": hybrid_table, "claims": claims_table, "layout": layout_table,
-    "presets": presets_table, "settings": settings_table}
+    "ternary": ternary_table, "hybrid": hybrid_table, "text": text_table, "claims": claims_table,
+    "layout": layout_table, "presets": presets_table, "settings": settings_table}
 
 
 def fresh(text: str) -> str:
