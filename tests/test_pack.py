@@ -1252,8 +1252,16 @@ def test_provenance_in_a_repository(project):
     assert re.search(r"; commit [0-9a-f]{40} without local changes$", clean)
     (project / "notes.txt").write_text("an untracked file is not part of the program")
     assert first_line(pack_command(project)) == clean
+    # Nor is another file that is changed, or committed: the same run can be audited later.
+    (project / ".gitignore").write_text("runs/\n__pycache__/\nnotes.txt\n")
+    assert first_line(pack_command(project)) == clean
+    git(project, "commit", "-qam", "two")
+    assert first_line(pack_command(project)) == clean
     (project / "tools" / "pack.py").write_text((project / "tools" / "pack.py").read_text() + "\n")
     assert first_line(pack_command(project)) == clean.replace("without", "with")
+    git(project, "commit", "-qam", "three")
+    later = first_line(pack_command(project))
+    assert later != clean and later.endswith(" without local changes")
     # A copy inside another repository has no commit of its own.
     inner = project / "inner"
     shutil.copytree(project / "tools", inner / "tools")

@@ -927,16 +927,20 @@ def report(source: str, packed: Packed) -> str:
 # ---- Command line
 
 
+PACKED_FROM = ("train_gpt.py", "tools/pack.py")
+
+
 def provenance_line(source: bytes, root: Path) -> str:
-    """Returns the text of the first line: hash of the readable source, commit, local changes; never fails."""
+    """Returns the text of the first line: hash of the readable source, the last commit of what a packed file is made
+    of (PACKED_FROM), whether that is changed since; never fails. Other files do not count: a run that is evaluated
+    again behind a commit of something else has the same packed file."""
     commit = "unknown"
     top = _git(root, "rev-parse", "--show-toplevel")
-    head = _git(root, "rev-parse", "--verify", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=all")
+    head = _git(root, "log", "-1", "--format=%H", "--", *PACKED_FROM)
+    status = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *PACKED_FROM)
     # A copy inside somebody else's repository must not take that repository's commit for its own.
     if top and head and status is not None and Path(top.strip()).resolve() == root.resolve():
-        changed = [line for line in status.splitlines() if line[:2] != "??" or line[3:] == "train_gpt.py"]
-        commit = f"{head.strip()} {'with' if changed else 'without'} local changes"
+        commit = f"{head.strip()} {'with' if status else 'without'} local changes"
     digest = hashlib.sha256(source).hexdigest()
     return f"sixteen train_gpt.py, packed; source sha256 {digest}; commit {commit}"
 
