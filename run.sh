@@ -125,6 +125,7 @@ if [[ ${1:-} == test || ${1:-} == record || ${1:-} == --explain ]]; then
 else
   case ${1:-} in bench | sweep | watch | plan | generate) task=$1 && shift ;; esac
   tool=$task  # what its own words are for
+  if [[ $task == job && ${STAGES:-} == generate ]]; then task=generate; fi
   for word in "$@"; do  # afterwards "$@" holds the settings for train_gpt.py, or a tool's words, in their order
     shift
     if [[ $tool != job && $word != PYTHON=* ]]; then

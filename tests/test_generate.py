@@ -537,10 +537,10 @@ def one_thread():
     torch.set_num_threads(count)
 
 
-def command(capsys, *words, code=0):
+def command(capsys, *words, code=0, environ=None):
     """What it wrote to standard output and to standard error."""
     capsys.readouterr()
-    found = generate.main([str(word) for word in words])
+    found = generate.main([str(word) for word in words], environ or {})
     out, err = capsys.readouterr()
     assert found == code and "Traceback" not in err, err
     return out, err
@@ -635,7 +635,7 @@ def test_a_grammar_that_is_not_satisfied_is_said(finished, capsys, tmp_path):
 
 
 BAD = {"TOKENS=0": "a whole number of at least 1", "TOKENS=x": "a whole number", "TEMPERATURE=-1": "a number",
-       "TEMPERATURE=nan": "a number", "TOP_P=0": "above 0", "TOP_P=1.1": "at most 1", "REPETITION=0": "above 0",
+       "TEMPERATURE=nan": "a number", "TOP_P=0": "above 0", "TOP_P=1.1": "at most 1", "REPETITION=0": "at least 0.01",
        "SEED=-1": "a whole number", "GREEDY=yes": "must be one of 0, 1", "MODE=deep": "must be one of evaluation, fast",
        "SPECULATE=-1": "a whole number", "SPECULATE=999": "at most 256", "PACKED=2": "must be one of 0, 1",
        "GRAMMAR=xml": "must be none, json, brackets or a .lark file", "GRAMMAR=/no/x.lark": "must be none",
@@ -666,6 +666,37 @@ def test_another_tokenizer_and_a_damaged_artifact_are_refused(finished, cased, c
     assert "artifact.bin" in err and err.count("\n") == 1
 
 
+def test_words_come_from_the_environment_too(finished, capsys, tmp_path):
+    """As in training: a word on the command line wins, what is no word of it is nobody's business."""
+    environ = {"FROM": str(finished), "PROMPT": "Ab ", "TOKENS": "5", "THREADS": "1", "JSON": "1", "MODEL_DIM": "3"}
+    found = json.loads(command(capsys, environ=environ)[0])
+    assert found["prompt"] == "Ab " and len(found["tokens"]) == 5
+    assert len(json.loads(command(capsys, "TOKENS=3", environ=environ)[0])["tokens"]) == 3
+    out, err = command(capsys, environ=environ | {"TOKENS": "a\nb"}, code=2)
+    assert not out and err == "TOKENS=a b: must be a whole number of at least 1 and at most 1e+06\n"
+
+
+def test_places_that_cannot_be_read_are_one_line(finished, capsys):
+    for word in (f"FROM=/tmp/{'x' * 300}", f"GRAMMAR={'x' * 300}.lark"):
+        out, err = command(capsys, f"FROM={finished}", word, code=2)
+        assert not out and err.count("\n") == 1 and "too long" in err
+
+
+def test_long_repetitions_are_drafted_in_bounded_time():
+    """The last match of a text that goes in circles is long enough: nothing else is compared."""
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, place):
+            Counted.reads += 1
+            return super().__getitem__(place)
+
+    drafts = Drafts([2, 3, 4] * 2000)
+    drafts.text = Counted(drafts.text)
+    assert drafts.propose(8) == [2, 3, 4, 2, 3, 4, 2, 3]
+    assert Counted.reads < 200
+
+
 def test_help_names_every_option(capsys):
     out, err = command(capsys, "--help")
     assert err == "" and all(f"\n    {name} " in out for name in generate.OPTIONS)
@@ -691,7 +722,7 @@ def test_a_reader_that_has_seen_enough_is_no_fault(finished, monkeypatch):
         def fileno(self):
             return os.open(os.devnull, os.O_WRONLY)
     monkeypatch.setattr(sys, "stdout", Closed())
-    assert generate.main([f"FROM={finished}", "TOKENS=3", "THREADS=1"]) == 0
+    assert generate.main([f"FROM={finished}", "TOKENS=3", "THREADS=1"], {}) == 0
 
 
 @pytest.mark.parametrize("words", [["generate", "FROM=x", "PROMPT=two words\nand lines", "PACKED=1"],

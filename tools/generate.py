@@ -9,7 +9,8 @@ model that cannot remember reads it anew for each token, and says so.
 
 SPECULATE drafts what followed the last time that the text ended as it does now, and reads a whole draft in one forward.
 A drafted token is taken with its probability, else another one in proportion to theirs: the text has the distribution
-that it has without drafts, and with GREEDY=1 it is the same text. GRAMMAR lets through only tokens that a grammar can
+that it has without drafts, and with GREEDY=1 it is the same text, both up to the rounding of forwards over one token
+or several. GRAMMAR lets through only tokens that a grammar can
 go on with, by llguidance; it binds what is made, not the prompt, and with a CaseOps tokenizer a grammar of your own
 sees the text as that tokenizer has it, in lower case with control characters. PACKED=1 keeps ternary matrices in two
 bits a weight (tools/packed.py).
@@ -29,7 +30,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +53,7 @@ PASSES = {"evaluation": 0, "fast": 1, "balanced": 2, "reasoning": 4}  # of a ( )
 SETTINGS = ("DATA_PATH", "TOKENIZER_PATH", "COMPUTE_DTYPE", "KERNELS", "THREADS")
 READ_TOKENS = 1024  # of a prompt in one forward
 LEAST_MATCH = 2  # tokens at the end of the text that must have stood there before, for a draft
+MOST_MATCH, MOST_PLACES = 32, 256  # of them that are compared, at so many places, the last first
 INTERVALS = 8
 
 # Balanced text, with anything between the brackets.
@@ -92,7 +94,7 @@ class Options:
     tokens: int = option(200, number(int, 1, 1_000_000), "the most tokens that are made")
     temperature: float = option(0.7, number(float, 0, 100), "logits are divided by it; 0 is greedy")
     top_p: float = option(0.92, number(float, 0, 1, above=True), "the likeliest tokens that reach this together stay")
-    repetition: float = option(1.08, number(float, 0, 100, above=True), "positive logits of tokens of the text are "
+    repetition: float = option(1.08, number(float, 0.01, 100), "positive logits of tokens of the text are "
                                "divided by it, others multiplied")
     seed: int = option(0, number(int, 0, 2**63 - 1), "of the draws")
     greedy: bool = option(False, read_flag, "always the likeliest token")
@@ -117,17 +119,18 @@ class Words(NamedTuple):
     settings: list[str]
 
 
-def parse(argv: list[str]) -> Words:
-    """The command line; raises UsageError."""
+def parse(argv: list[str], environ: Mapping[str, str]) -> Words:
+    """The command line and, behind it, the environment; raises UsageError."""
     values: dict[str, Any] = {}
     texts, settings = {"FROM": "", "PROMPT": ""}, []
-    for word in argv:
+    known = [f"{name}={environ[name]}" for name in (*texts, *OPTIONS, *SETTINGS) if environ.get(name)]
+    for word in (*known, *argv):
         name, equals, text = word.partition("=")
         if equals and name in OPTIONS:
             try:
                 values[name.lower()] = OPTIONS[name].metadata["read"](text)
             except argparse.ArgumentTypeError as error:
-                raise UsageError(f"{name}={error}") from None
+                raise UsageError(" ".join(f"{name}={error}".split())) from None
         elif equals and name in texts:
             texts[name] = text
         elif equals and name in SETTINGS:
@@ -191,7 +194,9 @@ def load(folder: Path, words: Iterable[str] = (), pack: bool = False) -> Held:
              f"{threads} threads"]
     found = None
     if pack:
-        found = packed.pack_model(model, gpt.routes_of(model, config.artifact), weights)
+        found = packed.pack_model(model, gpt.routes_of(model, config.artifact), weights, None if (
+            world.device.type == "cpu") else packed.Kernel(None, "packed: on a GPU matrices are unpacked for every "
+                                                                 "product"))
         lines += [found.line, f"packed: {len(found.names)} matrices in {found.bytes:,} bytes, {found.share:.3f} of the "
                               f"{found.plain_bytes:,} that bf16 takes"
                   ] if found.names else ["PACKED=1: the model has no ternary matrix; changes nothing"]
@@ -351,7 +356,8 @@ def settle(probabilities: Tensor, drafted: int, generator: torch.Generator) -> i
 
 
 class Drafts:
-    """What followed the longest end of the text that stood there before; of equals the last."""
+    """What followed the longest end of the text that stood there before, of up to MOST_MATCH tokens; of equals the
+    last."""
 
     def __init__(self, text: Iterable[int]) -> None:
         self.text: list[int] = []
@@ -369,12 +375,14 @@ class Drafts:
     def propose(self, most: int) -> list[int]:
         """Up to `most` tokens, none without a match."""
         best, place, text = 0, 0, self.text
-        for end in self.ends.get(tuple(text[-LEAST_MATCH:]), ()) if most else ():
+        for end in reversed(self.ends.get(tuple(text[-LEAST_MATCH:]), [])[-MOST_PLACES:] if most else []):
             size = LEAST_MATCH
-            while size < end and text[end - size - 1] == text[-size - 1]:
+            while size < min(end, MOST_MATCH) and text[end - size - 1] == text[-size - 1]:
                 size += 1
-            if size >= best:
+            if size > best:
                 best, place = size, end
+            if size == MOST_MATCH:
+                break
         draft: list[int] = []
         while best and len(draft) < most:  # what followed may reach into the draft itself: then it repeats
             draft.append(text[place] if place < len(text) else draft[place - len(text)])
@@ -423,8 +431,10 @@ class Grammar:
         return mask
 
     def take(self, token: int) -> None:
-        """The text goes on with this token, which was allowed."""
-        self.matcher.consume_token(token)
+        """The text goes on with this token, which was allowed; CheckError where the parser gives up."""
+        if not self.matcher.consume_token(token):
+            reason = " ".join(self.matcher.get_error().split())[:300] or "a limit of the parser"
+            raise gpt.CheckError(f"GRAMMAR={self.name}: cannot go on ({reason})")
 
     @property
     def complete(self) -> bool:
@@ -573,16 +583,17 @@ class Spelling:
 
 
 def measure(meter: Meter, held: Held) -> dict[str, Any]:
-    """The numbers of a report."""
+    """The numbers of a report. Speeds are without the first token, which the prompt's forward gives."""
     count, times = len(meter.times) - 1, meter.times
-    marks = [count * part // INTERVALS for part in range(INTERVALS + 1)]
+    marks = [1 + (count - 1) * part // INTERVALS for part in range(INTERVALS + 1)]  # the first costs no forward
     rates = [(end - begin) / max(1e-9, times[end] - times[begin]) if end > begin else None
-             for begin, end in zip(marks, marks[1:], strict=False)]
+             for begin, end in zip(marks, marks[1:], strict=False)] if count else [None] * INTERVALS
+    seconds = times[-1] - times[min(1, count)]
     parts = [*held.model.parameters(), *held.model.buffers()]
     return {"prompt_tokens": meter.prompt_tokens, "prompt_seconds": meter.prompt_seconds,
             "prompt_tokens_per_second": meter.prompt_tokens / max(1e-9, meter.prompt_seconds),
-            "tokens": count, "seconds": times[-1] - times[0],
-            "tokens_per_second": count / max(1e-9, times[-1] - times[0]), "intervals": rates,
+            "tokens": count, "seconds": seconds, "marks": marks,
+            "tokens_per_second": (count - 1) / max(1e-9, seconds) if count > 1 else None, "intervals": rates,
             "forwards": meter.forwards, "drafted": meter.drafted, "accepted": meter.accepted,
             "model_bytes": sum(part.numel() * part.element_size() for part in parts),
             "state_bytes": meter.state_bytes, "peak_bytes": gpt.peak_memory_bytes(held.model.tok_emb.device)}
@@ -590,12 +601,9 @@ def measure(meter: Meter, held: Held) -> dict[str, Any]:
 
 def report_text(found: dict[str, Any]) -> str:
     """A report for a terminal."""
-    def row(what: str, tokens: int, seconds: float) -> list[Any]:
-        return [what, tokens, seconds, tokens / max(1e-9, seconds)]
-
-    rows = [row("prompt", found["prompt_tokens"], found["prompt_seconds"]),
-            row("text", found["tokens"], found["seconds"])]
-    marks = [found["tokens"] * part // INTERVALS for part in range(INTERVALS + 1)]
+    marks = found["marks"]
+    rows = [["prompt", found["prompt_tokens"], found["prompt_seconds"], found["prompt_tokens_per_second"]],
+            ["text", found["tokens"], found["seconds"], found["tokens_per_second"]]]
     rows += [[f"from token {begin}", end - begin, (end - begin) / rate, rate] for begin, end, rate in
              zip(marks, marks[1:], found["intervals"], strict=False) if rate]
     lines = [table_text({"what": "", "tokens": ",", "seconds": ".3f", "tokens a second": ",.1f"}, rows),
@@ -623,14 +631,25 @@ def run(words: Words) -> None:
         say(line)
     prompt, spelling, meter = encode_prompt(held.tokenizer, words.prompt), Spelling(held.tokenizer), Meter()
     parts: list[str] = []
-    spelling.feed(prompt)  # what follows may finish its last word
+    if options.grammar == "none":
+        spelling.feed(prompt)  # what follows may finish its last word; a grammar begins with what is made
 
     def tell(text: str) -> None:
         parts.append(text)
         if not options.json:
             show(text)
 
-    made = generate(held, prompt, options, lambda token: tell(spelling.feed([token])), meter, say)
+    made: list[int] = []
+
+    def emit(token: int) -> None:
+        made.append(token)
+        tell(spelling.feed([token]))
+
+    fault = None
+    try:
+        generate(held, prompt, options, emit, meter, say)
+    except gpt.CheckError as error:  # what there is of the text is given out whole
+        fault, meter.stopped = error, "fault"
     tell(spelling.finish())
     found = measure(meter, held) if options.report else None
     if options.json:
@@ -639,6 +658,8 @@ def run(words: Words) -> None:
     show("\n")
     if found and not options.json:
         say(report_text(found))
+    if fault:
+        raise fault
     if not meter.complete:
         raise gpt.CheckError(f"GRAMMAR={options.grammar}: TOKENS={options.tokens} ended before the text was complete")
 
@@ -652,18 +673,21 @@ def help_text() -> str:
                                        for name, field in OPTIONS.items())
 
 
-def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
+def main(argv: list[str], environ: Mapping[str, str]) -> int:
+    """The command line and the environment; returns the exit code."""
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        run(parse(argv))
+        run(parse(argv, environ))
         return 0
     except (UsageError, gpt.ConfigError) as error:
         say(str(error))
+        return 2
+    except torch.OutOfMemoryError as error:
+        say(f"out of GPU memory ({str(error).splitlines()[0]}); COMPUTE_DTYPE=bfloat16 halves the model")
         return 2
     except gpt.CheckError as error:
         say(str(error))
@@ -671,9 +695,12 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        say(f"FROM or GRAMMAR: {error}")
+        return 2
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], os.environ))

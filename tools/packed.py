@@ -199,7 +199,8 @@ def compile_kernel(folder: Path, compiler: str | None) -> Kernel:
         return Kernel(None, "packed: no C compiler (cc) on the PATH, matrices are unpacked for every product")
     try:
         told = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_SECONDS)
-        key = hashlib.sha256("\n".join([SOURCE, compiler, told.stdout, _processor()]).encode()).hexdigest()[:16]
+        parts = [SOURCE, str(FLAGS), compiler, told.stdout, _processor()]
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         path = folder / f"packed_{key}.so"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,10 @@ def _product(function: Callable[..., None], trits: Trits, x: Tensor) -> Tensor:
 @functools.cache
 def load_kernel() -> Kernel:
     """The kernel of this machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        return Kernel(None, f"packed: no place for a kernel ({error}), matrices are unpacked for every product")
     return compile_kernel(cache / "sixteen", shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"))
 
 
