@@ -620,7 +620,7 @@ SUITES = {
                      ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024", "TRAIN_LOG_EVERY=20"), 30, 250_000, 120,
                      {"bits a trit": (".3f", trit_fact("bits")), "zeros": (".3f", trit_fact("zeros"))}),
     "hybrid": Suite(HYBRID_ROWS, HYBRID_OWN_SHAPE, "chimera", ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024"),
-                    30, 250_000, 120, again=Again(
+                    20, 400_000, 120, again=Again(
                         "The same artifacts, evaluated otherwise: bits per byte over the contiguous ones",
                         ("base", "euler"), "reload,evaluate",
                         {**{f"{passes} passes": [f"EVAL_PASSES={passes}"] for passes in (1, 3, 4)},
