@@ -138,7 +138,7 @@ TERNARY_OWN_SHAPE = frozenset({"binary", "sherry", "low-rank", "distinct-8", "di
 # fixed passes, what a pass begins with, experts, in-place learning, context that grows.
 HYBRID_ROWS: dict[str, list[str]] = {
     "again": [],
-    "attention": ["STACK=A (A2)*1..4~2 A"],
+    "attention": ["STACK=A (A2)*1..4~2 A", "MIXER_CHUNK=64"],
     "recurrent": ["STACK=G (X G)*1..4~2 G"],
     "titans": ["STACK=G (T A)*1..4~2 A"],
     "loop-1": ["STACK=G X A2", "LOOP_STATE=none"],
