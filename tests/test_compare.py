@@ -382,6 +382,18 @@ def test_the_ternary_rows_can_be_run(tmp_path):
     assert table.json()["rows"][0]["bits a trit"] is None
 
 
+def test_the_hybrid_rows_can_be_run(tmp_path):
+    """With the suite's own bytes, and some artifacts evaluated otherwise."""
+    played, suite = Played(tmp_path, lambda name, kind: 2.0), compare.SUITES["hybrid"]
+    options = {**OPTIONS, "BASE": suite.base, "SEEDS": [1], "MINUTES": 600.0, "BYTES": suite.size}
+    (shapes, _, table, again), said = collect(compare.parts(options, played.lab, suite))
+    assert not said and {row["row"] for row in table.json()["rows"]} == {"base", *compare.HYBRID_ROWS}
+    widths = {row["variant"]: row["MODEL_DIM"] for row in shapes.json()["rows"]}
+    assert {widths[name] for name in widths if name not in compare.HYBRID_OWN_SHAPE} == {widths["base"]}
+    assert widths["distinct"] < widths["base"] <= widths["attention"]
+    assert [row["row"] for row in again.json()["rows"]] == ["base"]
+
+
 def test_the_squeeze_costs_the_artifact_minus_the_float_weights():
     scores = {"contiguous": {"val_bpb": 2.25}, "float": {"val_bpb": 2.0}}
     assert compare.squeeze_gap({"scores": scores}) == 0.25
