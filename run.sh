@@ -7,7 +7,7 @@ show_help() {
   cat <<'TEXT'
 usage: ./run.sh [NAME=value ...]             train, write the artifact, score it (the main job)
        ./run.sh test [PYTEST ARGUMENT ...]   lint and tests
-       ./run.sh bench gptq|codec|formats|fit|schedule|ttt|ngram [RUN_FOLDER] [NAME=value ...]
+       ./run.sh bench gptq|codec|formats|fit|schedule|ttt|ngram|generate [RUN_FOLDER] [NAME=value ...]
                                              benchmarks; bench --help says more
        ./run.sh bench presets|parts|crawler|ternary|hybrid [NAME=value ...]
                                              systems, or changes of one, trained on equal terms and compared in pairs

@@ -10,7 +10,8 @@ usage: ./setup_pod.sh [--check] [NAME=value ...]
 --check            only look: install and download nothing
 PYTHON=FILE        interpreter to build on; a CUDA torch of 2.9 or later in it is kept
                    (default: the first Python on the PATH that has one, else what ./run.sh finds)
-VARIANT=NAME       variant of the challenge's data (default: sp1024)
+VARIANT=NAME       variant of the challenge's data: caseops (default; presets sixteen and caseops), sp8192
+                   (ternary, chimera), sp1024 (the others), sp4096
 TRAIN_SHARDS=N     training shards to download (default: 80)
 DATA=0             download no data
 SPEED=0            do not time a training step (minutes: it is compiled first)
@@ -140,7 +141,7 @@ for word in "$@"; do
     *) fail "$word: must be --check or one of the settings that ./setup_pod.sh --help lists" ;;
   esac
 done
-: "${VARIANT:=sp1024}" "${TRAIN_SHARDS:=80}" "${DATA:=1}" "${SPEED:=1}"
+: "${VARIANT:=caseops}" "${TRAIN_SHARDS:=80}" "${DATA:=1}" "${SPEED:=1}"
 check_number TRAIN_SHARDS "$TRAIN_SHARDS" 1
 [[ $DATA == [01] ]] || fail "DATA=$DATA: must be 0 or 1"
 [[ $SPEED == [01] ]] || fail "SPEED=$SPEED: must be 0 or 1"
@@ -224,7 +225,7 @@ else
 fi
 
 step "8 data"
-dataset=data/datasets/fineweb10B_$VARIANT
+dataset=data/datasets/fineweb10B_${VARIANT/#caseops/sp8192_lossless_caps_caseops_v1_reserved}
 if ((!DATA)); then
   row data optional "skipped (DATA=0)"
 elif may_act && "$python" data/prepare.py fineweb --variant "$VARIANT" --train-shards "$TRAIN_SHARDS"; then

@@ -238,7 +238,7 @@ class ModelSettings:
     retrieval_top: int = setting(4, "how many are taken", unit="tokens", low=2, high=256)
     inplace_layers: str = setting("", "blocks whose second feed-forward matrix learns from the text as it is read, for "
                                   "example 3,7: in-place test-time training")
-    inplace_lr: float = setting(0.3, "how much a token writes into it", low=0.0, high=100.0)
+    inplace_lr: float = setting(0.3, "how much a token writes into it", low=1e-6, high=100.0)
     inplace_chunk: int = setting(512, "what a chunk writes, the next chunks read", unit="tokens", low=1)
     inplace_momentum: float = setting(0.0, "share of a chunk's writing that the next one repeats", low=0.0, high=0.99)
     inplace_decay: float = setting(1.0, "share of what is written that a chunk leaves", low=0.0, high=1.0)
@@ -720,8 +720,9 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: (c.optim.matrix_optimizer == "mezo") == (c.optim.other_optimizer == "mezo"),
      "MATRIX_OPTIMIZER={optim.matrix_optimizer}, OTHER_OPTIMIZER={optim.other_optimizer}: mezo has no gradients to "
      "share, so both must be mezo or neither"),
-    (lambda c: not c.train.pass_drop or repeats(c.model.stack),
-     "PASS_DROP={train.pass_drop}: STACK={model.stack} has no ( ) group with several passes"),
+    (lambda c: not c.train.pass_drop or repeats(c.model.stack) and c.model.loop_state == "none",
+     "PASS_DROP={train.pass_drop}: needs a ( ) group with several passes in STACK={model.stack}, and LOOP_STATE=none, "
+     "whose state begins with the first of them"),
     (lambda c: c.train.micro_batch_tokens % math.lcm(*(length for _, length in parse_seq_schedule(c.train))) == 0,
      "MICRO_BATCH_TOKENS={train.micro_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={train.train_seq_len} and of "
      "every length in TRAIN_SEQ_SCHEDULE={train.train_seq_schedule}, together"),
@@ -784,17 +785,27 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         cadences(c.train) == {1} and not (c.model.unet_skips and c.model.loop_skips)),
      "STACK={model.stack}: a random number of passes needs LOOP_STATE, which gives what stands before the group its "
      "gradient, PASS_DROP=0, no CRAWLER_CADENCE, and LOOP_SKIPS=0 or UNET_SKIPS=0"),
+    (lambda c: not random_depth(c.model.stack) or all(
+        len(item.passes) == 1 for item in parse_stack(c.model.stack)[1]),
+     "STACK={model.stack}: passes drawn as *least..most~mean are not with a group whose passes change in training"),
     (lambda c: not c.eval.eval_passes or random_depth(c.model.stack) and c.eval.eval_passes <= max(
         item.depth[1] for item in parse_stack(c.model.stack)[1] if item.depth),
      "EVAL_PASSES={eval.eval_passes}: needs a ( ) group in STACK={model.stack} whose passes training draws, so many "
      "at least"),
     (lambda c: not c.eval.loop_exit or c.model.loop_state != "none",
      "LOOP_EXIT={eval.loop_exit}: needs LOOP_STATE, whose passes come to rest"),
+    (lambda c: not c.eval.loop_exit or evaluation_passes(c) > 2,
+     "LOOP_EXIT={eval.loop_exit}: needs three passes of a ( ) group in evaluation, by STACK={model.stack}, EVAL_PASSES="
+     "{eval.eval_passes} or EVAL=valve: who comes to rest in the second leaves the third"),
     (lambda c: "valve" not in c.eval.eval or len(c.eval.valve_passes) == 3 and random_depth(c.model.stack) and all(
         passes == int(passes) for passes in c.eval.valve_passes) and max(
         c.eval.valve_passes) <= max(item.depth[1] for item in parse_stack(c.model.stack)[1] if item.depth),
      "VALVE_PASSES={eval.valve_passes}: EVAL=valve needs three whole numbers, and a ( ) group in STACK={model.stack} "
      "whose passes training draws, as many at least"),
+    (lambda c: has_experts(c.model) or not any(experts for _, experts in feed_forwards(c.model)),
+     "MOE_EXPERTS={model.moe_experts}, or moe in STACK={model.stack}: no such block has a feed-forward to split"),
+    (lambda c: not has_experts(c.model) or c.model.norm_eps > 0 or not c.model.extra_norms,
+     "NORM_EPS={model.norm_eps}: must be above 0 with experts and EXTRA_NORMS, which norm rows of zeros"),
     (lambda c: not has_experts(c.model) or c.optim.matrix_optimizer != "mezo",
      "MOE_EXPERTS, or moe in STACK={model.stack}: not with MATRIX_OPTIMIZER=mezo, experts are balanced by gradients"),
     (lambda c: all(EXPERT_STEP <= split_width(c.model, hidden, experts) and c.model.moe_topk < experts
@@ -807,9 +818,11 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "INPLACE_LAYERS={model.inplace_layers}: must be blocks of STACK={model.stack} with a feed-forward, and with "
      "MOE_SHARED where they have experts"),
     (lambda c: not c.model.inplace_layers or c.model.inplace_chunk < min(
-        length for _, length in parse_seq_schedule(c.train)),
-     "INPLACE_CHUNK={model.inplace_chunk}: must be less than every length of rows in training, TRAIN_SEQ_LEN="
-     "{train.train_seq_len} and TRAIN_SEQ_SCHEDULE={train.train_seq_schedule}, or nothing is read"),
+        *(length for _, length in parse_seq_schedule(c.train)), c.eval.eval_seq_len,
+        c.ttt.ttt_eval_seq_len if {"ttt", "valve"} & {*c.eval.eval} else math.inf),
+     "INPLACE_CHUNK={model.inplace_chunk}: must be less than every length of rows, TRAIN_SEQ_LEN="
+     "{train.train_seq_len}, TRAIN_SEQ_SCHEDULE={train.train_seq_schedule}, EVAL_SEQ_LEN={eval.eval_seq_len} and "
+     "TTT_EVAL_SEQ_LEN={ttt.ttt_eval_seq_len}, or nothing is read"),
     (lambda c: c.model.moe_shared or not has_experts(c.model) or not (
         {"up", "down"} & set(c.ttt.ttt_sites) or c.ttt.ttt_down_lr),
      "MOE_SHARED=0: TTT_SITES={ttt.ttt_sites} and TTT_DOWN_LR={ttt.ttt_down_lr} must leave up and down, which are "
@@ -1066,12 +1079,25 @@ def feed_forwards(settings: ModelSettings) -> list[tuple[int, int]]:
 
 def has_experts(settings: ModelSettings) -> bool:
     """Whether a feed-forward is split into experts."""
-    return any(experts for _, experts in feed_forwards(settings))
+    return any(experts and hidden for hidden, experts in feed_forwards(settings))
 
 
 def random_depth(stack: str) -> bool:
     """Whether training draws how often a ( ) group is visited."""
     return any(item.depth for item in parse_stack(stack)[1])
+
+
+def mean_passes(least: int, most: int, mean: float) -> float:
+    """The mean of the passes that training draws: Poisson's, within the bounds."""
+    chances = [math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in range(most)]
+    return most + sum(chance * (max(least, count) - most) for count, chance in enumerate(chances))
+
+
+def evaluation_passes(config: "Config") -> int:
+    """The most passes of a ( ) group in evaluation."""
+    valve = int(max(config.eval.valve_passes)) if "valve" in config.eval.eval else 0
+    return max(max(min(item.depth[1], max(config.eval.eval_passes or round(item.depth[2]), valve)) if item.depth else
+                   item.most for item in parse_stack(config.model.stack)[1]), 1)
 
 
 def cadences(settings: TrainSettings) -> set[int]:
@@ -2672,6 +2698,8 @@ def _lacks_grouped(device: torch.device, dtype: torch.dtype, settings: ModelSett
         return "needs a torch with grouped_mm"
     if device.type != "cuda":
         return None if dtype in (torch.float32, torch.bfloat16) else f"no grouped products in {str(dtype)[6:]}"
+    if torch.cuda.get_device_capability(device)[0] >= 10:
+        return "gradients of experts without tokens are not zero there (pytorch issue 172439)"
     return triton_unusable(device) if dtype == torch.bfloat16 else "needs bf16"
 
 
@@ -4176,8 +4204,6 @@ class Experts(nn.Module):
         self.shared = FeedForward(settings, plan, kernels, settings.moe_shared * width) if settings.moe_shared else None
         alone = plan._replace(learns=False)
         self.routed = nn.ModuleList(FeedForward(settings, alone, kernels, width) for _ in range(plan.experts))
-        for parameter in self.routed.parameters():
-            parameter.rare = True
 
     def picked(self, scores: Tensor) -> Tensor:
         """Experts (N, k) with the largest of balanced scores (N, E)."""
@@ -4698,8 +4724,8 @@ def plan_text(settings: ModelSettings) -> str:
     if told := [what for what, on in between.items() if on]:
         lines += [f"blocks {_ranges(list(item.blocks))}, {item.most} passes: {'; '.join(told)}"
                   for item in parse_stack(settings.stack)[1] if item.most > 1]
-    lines += ["blocks {}: in training {} to {} passes a row, on average {:g}".format(
-        _ranges(list(item.blocks)), *item.depth) for item in parse_stack(settings.stack)[1] if item.depth]
+    lines += [f"blocks {_ranges(list(item.blocks))}: in training {item.depth[0]} to {item.depth[1]} passes a row, on "
+              f"average {mean_passes(*item.depth):.2f}" for item in parse_stack(settings.stack)[1] if item.depth]
     return "\n".join(lines)
 
 
@@ -4722,6 +4748,8 @@ class BlockModule(nn.Module):
             self.lane_keep = make_parameter((2,), "gain", 1.1)
             self.lane_give = make_parameter((2, 2), "gain", 1.0)
         fit_out(self, settings)
+        if plan.hidden and plan.experts:
+            spare(self.mlp.routed)  # an expert that no token chose is not lost: balancing brings it some
 
     def normed(self, x: Tensor) -> Tensor:
         """x (B, T, D) normalised, times the block's own factor."""
@@ -4781,6 +4809,12 @@ HOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "exact": lambda time, rate: -torch.expm1(-time * rate) / rate, "euler": lambda time, rate: time}
 
 
+def spare(*parts: nn.Module) -> None:
+    """Tell Coverage that a few steps may leave these parts without a gradient."""
+    for parameter in itertools.chain.from_iterable(part.parameters() for part in parts):
+        parameter.rare = True
+
+
 class Loop(nn.Module):
     """What tells the passes of a ( ) group apart: sums into the stream before each pass. Instructions are a vector
     each, or a low-rank product of the stream as it enters the group (static) or the pass (flow), with an own way out
@@ -4810,6 +4844,8 @@ class Loop(nn.Module):
         self.anchor_in = nn.ModuleList(Linear(width, anchor, settings.matrix_init)
                                        for _ in range(passes - 1 if anchor else 0))
         self.anchor_out = nn.ModuleList(Linear(anchor, width, 0.0) for _ in range(passes - 1 if anchor else 0))
+        if parse_stack(settings.stack)[1][int(name)].depth:
+            spare(self.inst_out, self.anchor_in, self.anchor_out)  # no row may draw so many passes, or learn from them
 
     def site(self, module: str) -> str:
         """The site of one of its matrices."""
@@ -4820,10 +4856,11 @@ class Loop(nn.Module):
         return PassSites(self.site(f"inst_out.{number}"), self.site(f"anchor_in.{number - 1}"),
                          self.site(f"anchor_out.{number - 1}"), self.site(f"pass.{number}"))
 
-    def hold(self, h: Tensor, e: Tensor) -> Tensor:
-        """A h + B e, (B, T, D), for the state h and what enters e."""
+    def hold(self, h: Tensor | None, e: Tensor) -> Tensor:
+        """A h + B e, (B, T, D), for the state h, None where it is 0, and what enters e."""
         time, rate = F.softplus(self.pace), self.a_log.exp()
-        return (-time * rate).exp().to(h.dtype) * h + (self.taken(time, rate) * self.give).to(h.dtype) * e
+        given = (self.taken(time, rate) * self.give).to(e.dtype) * e
+        return given if h is None else (-time * rate).exp().to(h.dtype) * h + given
 
     def enter(self, x: Tensor, made: list[Tensor], deltas: Deltas | None) -> dict[str, Tensor]:
         """What the passes read of x (B, T, D), which enters the group, and of what the blocks before it made."""
@@ -4841,7 +4878,7 @@ class Loop(nn.Module):
         """x (B, T, D) as pass `number` begins with it; `held` is `enter`'s, and the anchor's."""
         told, begun = [], x
         if self.taken is not None:
-            x = self.hold(x if number else torch.zeros_like(x), held["entered"])
+            x = self.hold(x if number else None, held["entered"])
         if self.positions is not None:
             told.append(self.positions[number].to(x.dtype).expand_as(x))
         if self.inst_in is not None:
@@ -5937,16 +5974,23 @@ def drawn_passes(settings: ModelSettings, plan: Phase, rows: int, seed: int | No
     return keep
 
 
+def dropped_parts(settings: ModelSettings) -> tuple[str, ...]:
+    """How the names of parameters begin that PASS_DROP can leave without a gradient."""
+    return ("loops.", *(f"blocks.{block}." for item in parse_stack(settings.stack)[1] if item.most > 1
+                        for block in item.blocks))
+
+
 class Coverage:
     """Proves that training reaches every parameter: in the graph of some phase, and moved within five steps of it."""
 
     STEPS = 5
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dropped: tuple[str, ...] = ()) -> None:
+        """Parameters marked by `spare`, and those whose names begin as in `dropped`, need only be in a graph."""
         self.parameters = dict(model.named_parameters())
         self.outside = set(self.parameters)
-        # An expert that no token chose in a few steps is not lost: balancing brings it some.
-        self.still = dict.fromkeys((name for name, p in self.parameters.items() if not hasattr(p, "rare")), 0)
+        self.still = {name: 0 for name, parameter in self.parameters.items()
+                      if not hasattr(parameter, "rare") and not name.startswith(dropped)}
 
     def saw_phase(self) -> None:
         """After a warm-up backward: parameters with a gradient are in the graph of this phase."""
@@ -6180,7 +6224,7 @@ class Trainer:
         self.watch = Stopwatch(log.clock, 0.0)
         self.saved_at = self.resumed_at = 0.0
         self.slowest = self.landed_at = 0.0
-        self.coverage = Coverage(model)
+        self.coverage = Coverage(model, dropped_parts(model.settings) if config.train.pass_drop else ())
         self.losses: list[Callable[..., Tensor]] = []
         self.grams = TEACHERS["ngrams"](config, self.batches) if "ngrams" in teachers_of(config) else None
         self.board: Any = None
@@ -6348,9 +6392,10 @@ class Trainer:
             drawn = drawn_passes(self.model.settings, self.own, len(batch.tokens),
                                  stream_seed(self.config.run.seed, "passes", index) if drop else None)
             if drop:
-                firsts = [step.visit for step in self.own.steps if step.turn and step.turn.first]
-                groups = len({step.turn.group for step in self.own.steps if step.turn})
-                self.depths.append(float((drawn[firsts] > 0).sum()) / groups / len(batch.tokens))
+                groups = [group for group, item in enumerate(parse_stack(self.model.settings.stack)[1]) if item.depth]
+                firsts = [step.visit for step in self.own.steps
+                          if step.turn and step.turn.first and step.turn.group in groups]
+                self.depths.append(float((drawn[firsts] > 0).sum()) / len(groups) / len(batch.tokens))
             return batch._replace(keep=torch.from_numpy(drawn).to(self.world.device, non_blocking=True))
         if not chance:
             return batch
@@ -6561,7 +6606,8 @@ class Trainer:
                 for number in range(loop.passes)}
         batch = self.batches.micro(0, self.world)
         with torch.no_grad():
-            make_forward(self.model, len(self.model.phases) - 1)(batch.tokens, batch.docs, taps)
+            make_forward(self.model, self.own if self.drawn else len(self.model.phases) - 1)(
+                batch.tokens, batch.docs, taps)
         told = {group: [round(found.get(number, 0.0), 5) for number in range(self.model.loops[group].passes)]
                 for group, found in shares.items()}
         for group, found in told.items():
@@ -8906,8 +8952,8 @@ class Depths:
     """Of rows of EVAL=valve: which of VALVE_PASSES each takes next, and the mean entropy in bits of what it was just
     asked."""
 
-    def __init__(self, rows: int, first: int) -> None:
-        self.levels, self.bits = [first] * rows, [0.0] * rows
+    def __init__(self, levels: list[int]) -> None:
+        self.levels, self.bits = levels, [0.0] * len(levels)
 
 
 class Valve(Frozen):
@@ -8916,20 +8962,22 @@ class Valve(Frozen):
 
     def use(self, model: GPT) -> None:
         """Predict with this model."""
-        self.model, self.packed, self.first = model, False, 1
+        self.model, self.packed, self.firsts = model, False, [1]
         self.depths = [make_compiled(self.bind(model, plan_phase(model.settings, 1.0, passes=int(passes))),
                                      self.compiled and not model.unrolled, dynamic=True)
                        for passes in self.config.eval.valve_passes]
 
     def rehearsed(self) -> "list[Frozen]":
-        found = []
-        for level in sorted(range(len(self.depths)), key=self.config.eval.valve_passes.__getitem__):
+        """In each depth alone, then in all of them side by side, the deepest first: a round has the work of all that
+        its rows take."""
+        found, order = [], sorted(range(len(self.depths)), key=self.config.eval.valve_passes.__getitem__)
+        for firsts in (*([level] for level in order), order[::-1]):
             found.append(copy.copy(self))
-            found[-1].first = level
+            found[-1].firsts = firsts
         return found
 
     def begin(self, rows: int, before: Depths | None) -> Depths:
-        return Depths(rows, self.first)
+        return Depths([self.firsts[row % len(self.firsts)] for row in range(rows)])
 
     def predict(self, state: Depths, ask: Ask, offer: Callable[[Tensor], None]) -> Noted | None:
         with torch.inference_mode():

@@ -76,7 +76,7 @@ WIKITEXT2_LICENSE = (
 # Trainer options on top of those that all tokenizers share. A row is a named set of settings (--settings).
 TOKENIZER_SETTINGS: dict[str, dict[str, object]] = {
     # Every byte of the text survives. Splitting neither at digits nor at script changes gave the fewest
-    # tokens among the options that keep a piece from spanning a space (data/README.md has the numbers).
+    # tokens among the options that keep a piece from spanning a space (records/LOG.md has the numbers).
     "lossless": {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,

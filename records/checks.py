@@ -45,6 +45,8 @@ CHALLENGE_PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "huggingface_hu
                       "tiktoken", "typing_extensions"}
 PACKAGE_OF = {"flash_attn_interface": "flash_attn", "yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit_learn",
               "fla": "flash_linear_attention", "zstd": "zstandard", "google": "protobuf"}
+SPELLINGS = {"flash_attn": {"flash_attn_3", "flash_attn_interface"}}  # packages that are called otherwise, too
+LOG_TEXT = re.compile(r"(?i)(logs/[^/]*|(.*/)?(?:[\w.-]*(?<![a-z]))?(log|train|seed[_-]?\d)[\w.-]*)\.txt")
 WITH_TORCH = {"triton", "torchgen", "functorch"}
 COMPRESSORS = {"brotli", "zstandard", "zstd", "lz4", "constriction", "pyppmd", "lrzip"}
 PROGRAMS = {"lrzip", "zpaq", "xz", "7z", "zstd", "brotli"}
@@ -138,7 +140,7 @@ class Facts:
     def _read_logs(self) -> tuple[dict[str, LogFacts], list[str]]:
         logs, faults = {}, []
         names = sorted(name for name in self.folder.files
-                       if name.endswith(".log") or re.fullmatch(r"(?i)(.*/)?[\w.-]*log[\w.-]*\.txt", name))
+                       if name.endswith(".log") or LOG_TEXT.fullmatch(name))
         left = LOGS_LIMIT_BYTES
         for name in names[:MOST_LOGS]:
             try:
@@ -157,7 +159,7 @@ class Facts:
         for name, log in self.logs.items():
             match = re.search(r"(?i)(?:seed|_s)[_-]?(\d{1,9})(?!\d)", name.rpartition("/")[2])
             seed = int(match[1]) if match else log.get("seed")
-            if seed is not None and (seed not in found or name.startswith("train")):
+            if seed is not None and (seed not in found or name.rpartition("/")[2].startswith("train")):
                 found[seed] = (name, log)
         for seed, row in self.claim.seeds.items():
             if inside(row.get("log")) and row["log"] in self.logs:
@@ -218,8 +220,15 @@ class Facts:
 
     @functools.cached_property
     def fineweb(self) -> bool:
-        """Whether the text is the challenge's: strangers' is unless they say so, ours where the results say it."""
-        return not self.results or any(row["data"]["source"].startswith("fineweb") for row in self.results.values())
+        """Whether the text is the challenge's, or must be: strangers' is unless they say so, ours where the results or
+        the track say it."""
+        return not self.results or self.track is not None and self.track.fineweb or any(
+            row["data"]["source"].startswith("fineweb") for row in self.results.values())
+
+    def missing(self, judged: Iterable[int]) -> str:
+        """Which seeds a check could say nothing of, "" for none: then it has not passed."""
+        left = [str(seed) for seed in self.seeds if seed not in {*judged}]
+        return f"; nothing tells of seed {', '.join(left[:6])}" if left else ""
 
     def metric(self, seed: int) -> Metric | None:
         """The score that a seed's log ends with, or the one that our headline names."""
@@ -337,13 +346,21 @@ def log_faults(facts: Facts, seed: int) -> list[str]:
     faults = []
     if metric is None:
         return [f"{shown(name)}: has no line with a final score; cut short, or of another run"]
+    # A score of the float weights is no score of the artifact, whoever claims it.
+    lines = [metric] if facts.ours else [found for found in log.metrics if not dialects.FLOAT.search(found.label)]
+    agreeing = []
     for unit, printed, digits in (("val_loss", "loss", "loss_decimals"), ("val_bpb", "bpb", "bpb_decimals")):
         value = row.get(unit)
-        told = [found for found in log.metrics if getattr(found, printed) is not None]
-        near = [metric] if facts.ours else told
-        if schema.is_number(value) and told and not any(dialects.agrees(
-                value, getattr(found, printed), min(places(value), max(4, getattr(found, digits)))) for found in near):
+        told = [found for found in lines if getattr(found, printed) is not None]
+        if not schema.is_number(value) or not told:
+            continue
+        near = {found.line for found in told if dialects.agrees(
+            value, getattr(found, printed), min(places(value), max(4, getattr(found, digits))))}
+        if not near:
             faults.append(f"{shown(name)}: ends with {unit} {getattr(metric, printed)}, submission.json says {value}")
+        agreeing.append(near | {found.line for found in lines if getattr(found, printed) is None})
+    if len(agreeing) == 2 and not faults and not agreeing[0] & agreeing[1]:
+        faults.append(f"{shown(name)}: no line has both val_loss {row['val_loss']} and val_bpb {row['val_bpb']}")
     if log.get("seed") is not None and log.get("seed") != seed and len(facts.by_seed) > 1:
         faults.append(f"{shown(name)}: is of seed {log.get('seed')}, not {seed}")
     size, told = row.get("artifact_bytes"), dialects.total_bytes(log)
@@ -395,7 +412,7 @@ def chain_faults(facts: Facts, seed: int) -> list[str] | None:
     """What tools/receipt.py finds in a seed's chained events; None where there are none, or it cannot run here."""
     names = {f"events_seed{seed}.jsonl": "events.jsonl", f"result_seed{seed}.json": "result.json",
              f"receipt_seed{seed}.json": "receipt.json", "train_gpt.py": "train_gpt.py"}
-    if f"receipt_seed{seed}.json" not in facts.folder.files:
+    if f"events_seed{seed}.jsonl" not in facts.folder.files:
         return None
     try:
         from tools import receipt
@@ -404,8 +421,11 @@ def chain_faults(facts: Facts, seed: int) -> list[str] | None:
     with tempfile.TemporaryDirectory() as place:
         try:
             for name, as_in_run in names.items():
-                (Path(place) / as_in_run).write_bytes(facts.folder.read(name, LOG_LIMIT_BYTES))
+                if name in facts.folder.files:
+                    (Path(place) / as_in_run).write_bytes(facts.folder.read(name, LOG_LIMIT_BYTES))
             return [f"seed {seed}: {fault}" for fault in receipt.check(Path(place))]
+        except receipt.PackageError:  # a signature that cannot be looked at here
+            return None
         except (FolderError, receipt.ReceiptError) as error:
             return [str(error).replace(place, f"seed {seed}")]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -461,10 +481,14 @@ def implied(facts: Facts) -> dict[int, tuple[float, float, int | None, int | Non
 
 def k4(facts: Facts) -> Verdict:
     """targets x (nats a token / bits a byte) / ln 2 is the number of bytes, whatever the tokenizer."""
-    faults, told = [], []
+    faults, told, judged = [], [], set()
+    if facts.track and facts.track.fineweb:
+        faults += [f"seed {seed}: scored {shown(row['data']['source'])}, the track is of the challenge's text"
+                   for seed, row in facts.results.items() if not row["data"]["source"].startswith("fineweb")]
     for seed, (ratio, size, _, stated) in implied(facts).items():
         wanted = FINEWEB_BYTES if facts.fineweb else stated
         if math.isfinite(size) and wanted:
+            judged.add(seed)
             off = size / wanted
             told.append(f"seed {seed}: {size:,.0f} bytes implied, {off - 1:+.4%} of {wanted:,}")
             if abs(off - 1) > BYTES_SLACK:
@@ -472,17 +496,20 @@ def k4(facts: Facts) -> Verdict:
                 faults.append(told[-1] + "".join(known[:1]))
         elif facts.fineweb:
             near = [name for name, row in TOKENIZATIONS.items() if abs(ratio / row.ratio - 1) < BYTES_SLACK]
+            judged |= {seed} if near else set()
             told += [f"nats a token over bits a byte is {ratio:.5f}, that of {near[0]}"] if near else []
     loss, bpb = facts.claim.get("val_loss"), facts.claim.get("val_bpb")
     ratios = [row[0] for row in implied(facts).values()]
     if loss and bpb and ratios and abs(loss / bpb / statistics.fmean(ratios) - 1) > BYTES_SLACK:
         faults.append(f"val_loss over val_bpb is {loss / bpb:.5f}, of its seeds {statistics.fmean(ratios):.5f}")
-    return verdict(faults, "; ".join(told[:3]) or "no loss, bits and targets stand together", bool(told))
+    left = facts.missing(judged) if facts.scores() else ""
+    return verdict(faults, ("; ".join(told[:3]) or "no loss, bits and targets stand together") + left,
+                   bool(told) and not left)
 
 
 def k5(facts: Facts) -> Verdict:
     """Every target of the whole split, once."""
-    faults, told = [], []
+    faults, told, judged = [], [], set()
     for seed in facts.seeds:
         _, log = facts.by_seed.get(seed, ("", None))
         tokens = log and dialects.tokens(log)
@@ -497,6 +524,7 @@ def k5(facts: Facts) -> Verdict:
             if len(counts) > 1 or result["ledger"]["scored_once"] is not True:
                 faults.append(f"seed {seed}: {sorted(map(str, counts))} targets, once each: "
                               f"{result['ledger']['scored_once']}")
+            judged.add(seed)
             told.append(f"seed {seed}: {result['ledger']['targets']} targets once each, "
                         f"{result['data']['val_documents']} documents")
         if not (facts.fineweb and tokens):
@@ -504,13 +532,16 @@ def k5(facts: Facts) -> Verdict:
         near = [name for name, row in TOKENIZATIONS.items() if abs(tokens / row.uncut - 1) < CUT_SLACK]
         size = implied(facts).get(seed, (0, math.nan, 0, 0))[1]
         documents = log.get("val_documents")
+        judged.add(seed)
         if near or documents == FINEWEB_DOCUMENTS:
             told.append(f"seed {seed}: {tokens:,} targets" + (f" of {near[0]}" if near else f", {documents} documents"))
         elif abs(size / FINEWEB_BYTES - 1) < BYTES_SLACK:
             told.append(f"seed {seed}: {tokens:,} targets, which come to all bytes")
         elif size < 0.97 * FINEWEB_BYTES or tokens < 0.9 * min(row.uncut for row in TOKENIZATIONS.values()):
             faults.append(f"seed {seed}: {tokens:,} targets are a part of the split")
-    return verdict(faults, "; ".join(told[:3]) or "no log says how many targets were scored", bool(told))
+    left = facts.missing(judged) if told else ""
+    return verdict(faults, ("; ".join(told[:3]) or "no log says how many targets were scored") + left,
+                   bool(told) and not left)
 
 
 def k6(facts: Facts) -> Verdict:
@@ -607,7 +638,7 @@ def k13(facts: Facts) -> Verdict:
 
 def k14(facts: Facts) -> Verdict:
     """Training within its seconds, with and without what surrounds the loop."""
-    limit, faults, told = facts.track and facts.track.train_seconds, [], []
+    limit, faults, told, judged = facts.track and facts.track.train_seconds, [], [], set()
     for seed in facts.seeds:
         _, log = facts.by_seed.get(seed, ("", None))
         loop = log and dialects.loop_seconds(log)
@@ -617,6 +648,7 @@ def k14(facts: Facts) -> Verdict:
             continue
         strict = result["budget"]["strict_train_seconds"] if result else loop + (log.get("hessian_seconds") or 0
                                                                                  if log else 0)
+        judged.add(seed)
         within = " over" if limit and strict > limit else ""
         told.append(f"seed {seed}: loop {loop:.1f} s, strict {strict:.1f} s{within}")
         counted = result["budget"]["train_seconds"] if result else loop
@@ -625,31 +657,34 @@ def k14(facts: Facts) -> Verdict:
         if result and result["budget"]["ok"] is not True:
             faults.append(f"seed {seed}: was over its own budget")
     what = f"of {limit:g}" if limit else "no limit in this track" if facts.track else "track not known"
-    return verdict(faults, "; ".join(told[:3]) + f"; {what}" if told else "no log says the seconds of training",
-                   bool(told) and facts.track is not None)
+    left = facts.missing(judged)
+    return verdict(faults, "; ".join(told[:3]) + f"; {what}{left}" if told else "no log says the seconds of training",
+                   bool(told) and not left and facts.track is not None)
 
 
 def k15(facts: Facts) -> Verdict:
     """Evaluation within its seconds, what is computed before it included."""
-    limit, faults, told = facts.track and facts.track.eval_seconds, [], []
+    limit, faults, told, judged = facts.track and facts.track.eval_seconds, [], [], set()
     for seed in facts.seeds:
         _, log = facts.by_seed.get(seed, ("", None))
         spent = log and (log.get("eval_seconds") or log.get("metric_eval_seconds"))
         spent = spent if spent is not None else facts.claim.seeds.get(seed, {}).get("eval_s")
         if not schema.is_number(spent):
             continue
+        judged.add(seed)
         outside = (log and log.get("outside_seconds")) or 0
         told.append(f"seed {seed}: {spent:.1f} s" + (f" + {outside:.1f} s outside the timer" if outside else ""))
         if limit and spent + outside > limit:
             faults.append(f"seed {seed}: {spent + outside:.1f} s of evaluation, {limit:g} are allowed")
     what = f"of {limit:g}" if limit else "no limit in this track" if facts.track else "track not known"
-    return verdict(faults, "; ".join(told[:3]) + f"; {what}" if told else "no log says the seconds of evaluation",
-                   bool(told) and facts.track is not None)
+    left = facts.missing(judged)
+    return verdict(faults, "; ".join(told[:3]) + f"; {what}{left}" if told else "no log says the seconds of evaluation",
+                   bool(told) and not left and facts.track is not None)
 
 
 def k16(facts: Facts) -> Verdict:
     """The hardware that the track asks for."""
-    faults, told, sure = [], [], False
+    faults, told, sure = [], [], bool(facts.seeds)
     wanted = facts.track.gpus if facts.track else 0
     for seed in facts.seeds:
         _, log = facts.by_seed.get(seed, ("", None))
@@ -657,9 +692,9 @@ def k16(facts: Facts) -> Verdict:
         size = (log and log.get("world_size")) or (result and result["environment"].get("processes"))
         names = set((log and log.get("gpus")) or [])
         if result:
-            names.add(result["environment"].get("gpu") or str(result["environment"].get("device")))
+            names.add(str(result["environment"].get("gpu") or result["environment"].get("device")))
         told.append(f"seed {seed}: {size or '?'} x {', '.join(sorted(map(shown, names))) or '?'}")
-        sure = sure or bool(size and names)
+        sure = sure and bool(size and names)
         if wanted and size and size != wanted:
             faults.append(f"seed {seed}: {size} processes, the track asks for {wanted} GPUs")
         if wanted and names and not any(facts.track.gpu in name for name in names):
@@ -693,7 +728,9 @@ def k17(facts: Facts) -> Verdict:
         wanted = schema.config_hash(recipe, seed) if isinstance(recipe, dict) else ""
         if result["config_hash"] != wanted:
             faults.append(f"result_seed{seed}.json: config_hash is not that of config.json with this seed")
-        if seed in logs and set(logs[seed].get("configs") or ()) != {wanted[:16]}:
+        told = [config == wanted[:16] for config in (logs[seed].get("configs") or ())] if seed in logs else [True]
+        # A run that died may have been begun again with other settings: from some launch on all must be these.
+        if not told or not all(told[told.index(True) if True in told else 0:]):
             faults.append(f"log of seed {seed}: ran with another configuration than config.json and this seed")
     how = (f"{len(names)} settings" if settings else "") or ("code size" if logs else "")
     return verdict(faults, f"{len(facts.seeds)} seeds: {', '.join(map(str, facts.seeds))}; equal {how or 'unknown'}",
@@ -711,11 +748,13 @@ def k18(facts: Facts) -> Verdict:
             continue
         mean = statistics.fmean(values)
         told.append(f"{unit} {mean:.8f} over {len(values)}")
-        if stated is not None and not dialects.agrees(mean, stated, places(stated)):
+        # The seeds' values are rounded, too: by so much can a mean of true ones lie elsewhere, a deviation by more.
+        slack = 0.5 * 10.0 ** -max(map(places, values))
+        if stated is not None and not dialects.agrees(mean, stated, places(stated), slack):
             best = "; it is the best seed's" if dialects.agrees(min(values), stated, places(stated)) else ""
             faults.append(f"{unit} {stated} is not the mean {mean:.8f} of {len(values)} seeds{best}")
-        if spread is not None and len(values) > 1 and not dialects.agrees(statistics.stdev(values), spread,
-                                                                          places(spread)):
+        if spread is not None and len(values) > 1 and not dialects.agrees(
+                statistics.stdev(values), spread, places(spread), 1.5 * slack):
             other = dialects.agrees(statistics.pstdev(values), spread, places(spread))
             faults.append(f"{unit}_std {spread} is not the sample deviation {statistics.stdev(values):.8f}"
                           + ("; it is the population's" if other else ""))
@@ -802,7 +841,8 @@ def k20(facts: Facts) -> Verdict:
             faults.append(f"log of seed {seed}: {shown(row['log'])} leads out of the folder")
         elif row.get("log") is not None or facts.ours:
             wanted.append(row.get("log") or f"train_seed{seed}.log")
-        wanted += [f"result_seed{seed}.json", f"events_seed{seed}.jsonl"] if facts.ours else []
+        wanted += [f"{name}_seed{seed}.{kind}" for name, kind in (
+            ("result", "json"), ("events", "jsonl"), ("receipt", "json"))] if facts.ours else []
     faults += [f"{shown(path)}: is not there" for path in dict.fromkeys(wanted) if path not in folder.files]
     if not facts.logs and not facts.log_faults:
         faults.append("there is no log")
@@ -858,7 +898,7 @@ def k23(facts: Facts) -> Verdict:
         first, wanted = use.name.partition(".")[0], package(use.name)
         if not use.reached or first in sys.stdlib_module_names or first in beside or first in WITH_TORCH:
             continue
-        if wanted not in told and not use.optional:
+        if not told & {wanted, *SPELLINGS.get(wanted, ())} and not use.optional:
             faults.append(f"line {use.line}: imports {shown(use.name)}, which requirements.txt does not name")
         if use.optional and wanted in COMPRESSORS:
             faults.append(f"line {use.line}: goes on without the compressor {shown(use.name)}")
@@ -957,8 +997,14 @@ CHECKS: dict[str, Check] = {
 
 
 def judge_all(facts: Facts) -> dict[str, Verdict]:
-    """The verdict of every check, in the order of the list."""
-    return {name: check.judge(facts) for name, check in CHECKS.items()}
+    """The verdict of every check, in the order of the list. One that breaks on a folder is not known, and says so."""
+    found = {}
+    for name, check in CHECKS.items():
+        try:
+            found[name] = check.judge(facts)
+        except Exception as error:  # whatever a stranger wrote, the other checks are made
+            found[name] = Verdict(UNKNOWN, f"the check itself broke ({type(error).__name__}: {shown(error, 120)})")
+    return found
 
 
 def read_values(path: Path) -> tuple[str, dict[int, tuple[float | None, float]]]:

@@ -137,6 +137,8 @@ STEP = re.compile(r"(?:\bstep\s*[:= ]\s*\d+|^\s*\d+\s*/\s*\d+\b)")
 DIAGNOSTIC = re.compile(r"(?i)diagnostic|pre[-_ ]?quant|post[-_ ]ema|\bfloat\b")
 DUMPED = (re.compile(r"^  (?P<name>[A-Z][A-Z0-9_]+) +(?P<value>.*?) +default "), re.compile(
     r"^  (?P<name>[a-z]\w*): (?P<value>.*)$"))
+FLOAT = re.compile(r"(?i)pre[-_ ]?quant|post[-_ ]ema|\bfloat\b")  # of these, the ones that no artifact gave
+MOST = 1e18  # no number of a run is larger
 RULE = re.compile(r"^={60,}$")
 # What may differ between the runs of one configuration.
 OWN_SETTINGS = re.compile(r"(?i)^(seed|run_id|run_name|runs_path|from|logfile|log_\w*|.*_path|.*_dir|timestamp|.*_file|"
@@ -174,9 +176,12 @@ def find(lines: list[str], start: int, fact: Fact) -> Any:
     for line in (near[::-1] if fact.keep == "last" else near)[:MOST_TRIES]:
         if match := fact.pattern.search(line):
             try:
-                values.append(fact.make(match))
+                value = fact.make(match)
             except (ValueError, OverflowError):  # more digits than any reason allows
                 continue
+            if isinstance(value, (int, float)) and not -MOST < value < MOST:
+                continue
+            values.append(value)
             if fact.keep == "last":
                 return values[0]
     return (sum(values) if fact.keep == "sum" else values) if values else None
@@ -194,6 +199,8 @@ def find_metrics(lines: list[str], start: int) -> list[Metric]:
         if "loss" not in parts:  # what stands before `bpb` belongs to the name of the number
             label = line[:match.start() + 3]
         loss = parts.get("loss")
+        if not all(abs(decimal(value)) < MOST for value in (loss or "0", match["bpb"])):
+            continue
         metrics.append(Metric(label.strip(" :,-|"), None if loss is None else decimal(loss), decimal(match["bpb"]),
                               decimals(loss or ""), decimals(match["bpb"]), number))
     return metrics
@@ -206,9 +213,10 @@ def final(log: LogFacts) -> Metric | None:
     return both[-1] if both else told[-1] if told else None
 
 
-def agrees(value: float, printed: float, places: int) -> bool:
-    """Whether a value, printed with so many decimals, gives what is printed; either may be the rounded one."""
-    return abs(value - printed) <= 0.5000001 * 10.0 ** -max(places, 1)
+def agrees(value: float, printed: float, places: int, slack: float = 0.0) -> bool:
+    """Whether a value, known within `slack` and printed with so many decimals, gives what is printed; either may be the
+    rounded one."""
+    return abs(value - printed) <= 0.5000001 * 10.0 ** -max(places, 1) + slack
 
 
 def own_text(settings: dict[str, str]) -> dict[str, str]:

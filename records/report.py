@@ -15,7 +15,6 @@ import argparse
 import base64
 import html
 import io
-import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from records import schema  # noqa: E402
 from records.folder import LOG_LIMIT_BYTES, Folder, FolderError, shown  # noqa: E402
 from tools import plot  # noqa: E402
 
@@ -76,8 +76,8 @@ def part(value: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """The value where it is a finite number."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    """The value where it is a number that something can be."""
+    return value if schema.is_number(value) else None
 
 
 def whole(value: Any) -> int | None:
@@ -91,7 +91,8 @@ def read_run(folder: Folder) -> Entry | None:
     found = {name: number(score.get("val_bpb")) for name, score in part(result, "scores").items()
              if isinstance(score, dict)}
     scores = {name: value for name, value in found.items() if value is not None}
-    ranked = {name: value for name, value in scores.items() if name not in plot.DIAGNOSTICS}
+    ranked = {name: value for name, value in scores.items() if name not in plot.DIAGNOSTICS
+              and schema.FIELDS["val_bpb"].holds(value)}
     if not ranked:
         return None
     evaluator = min(ranked, key=ranked.get)
@@ -125,8 +126,8 @@ def in_bits(losses: plot.Curve, data: dict[str, Any]) -> plot.Curve:
 def read_record(folder: Folder) -> Entry | None:
     """A record; None where it claims no score."""
     claim = folder.json("submission.json").value
-    bpb = number(claim.get("val_bpb"))
-    if bpb is None:
+    bpb = claim.get("val_bpb")
+    if not schema.FIELDS["val_bpb"].holds(bpb):
         return None
     seeds = claim.get("seed_results")
     rows = [row for row in seeds.values() if isinstance(row, dict)] if isinstance(seeds, dict) else []
@@ -188,12 +189,17 @@ def count_text(value: float | None) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
+def plain(text: str) -> str:
+    """A stranger's text in one line that can be written anywhere; ours is so already."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def markdown(entries: list[Entry]) -> str:
     """The table for a README."""
     lines = [f"| {' | '.join(COLUMNS)} |",
              "|" + "|".join(" --- " if name in LEFT else " ---: " for name in COLUMNS) + "|"]
-    lines += ["| " + " | ".join(read(entry).replace("|", "\\|") for read in COLUMNS.values()) + " |"
-              for entry in entries]
+    lines += ["| " + " | ".join(html.escape(plain(read(entry)), quote=False).replace("|", "\\|")
+                                for read in COLUMNS.values()) + " |" for entry in entries]
     return "\n".join(lines)
 
 
@@ -202,7 +208,7 @@ def table(entries: list[Entry]) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("#", *COLUMNS))
     rows = ""
     for rank, entry in enumerate(entries, 1):
-        cells = "".join(f"<td{'' if name in LEFT else ' class=number'}>{html.escape(read(entry))}</td>"
+        cells = "".join(f"<td{'' if name in LEFT else ' class=number'}>{html.escape(plain(read(entry)))}</td>"
                         for name, read in COLUMNS.items())
         rows += f"<tr><td>{rank}</td>{cells}</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

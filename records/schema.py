@@ -110,14 +110,17 @@ SEED_ALIASES: dict[str, tuple[str, ...]] = {
 SEED_NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "model_bytes", "code_bytes")
 
 
+MOST = 10 ** 18  # no number of a submission is larger
+
+
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a JSON value is a number that something can be."""
+    return type(value) in (int, float) and -MOST < value < MOST
 
 
 def is_count(value: object) -> bool:
-    """Whether a JSON value is a whole number of at least zero."""
-    return type(value) is int and value >= 0
+    """Whether a JSON value is a whole number of at least zero that something can be."""
+    return type(value) is int and 0 <= value < MOST
 
 
 def is_text(value: object) -> bool:
@@ -304,7 +307,7 @@ def check_result(result: Mapping[str, Any]) -> None:
         value: Any = result
         for name in place.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
+        if not isinstance(value, kind) or isinstance(value, (int, float)) and not -MOST < value < MOST:
             raise ResultError(f"{place}: is missing or of the wrong kind")
     for name, row in result["scores"].items():
         if not isinstance(row, dict) or not all(is_number(row.get(field)) for field in SCORE_FIELDS):

@@ -15,6 +15,7 @@ import ast
 import base64
 import binascii
 import bz2
+import collections
 import functools
 import io
 import lzma
@@ -22,7 +23,7 @@ import re
 import sys
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from tools import pack  # noqa: E402
 SCRIPT_LIMIT_BYTES = 4 << 20
 SOURCE_LIMIT_BYTES = 1 << 20  # of all layers together; the longest known script has 0.5 MB
 MOST_LAYERS, MOST_NODES = 5, 400_000
+MOST_STEPS, MADE_LIMIT_BYTES = 20_000, 32 << 20  # of evaluating what a packed script executes
 DICTIONARY_LIMIT_BYTES = 64 << 20
 
 
@@ -53,6 +55,7 @@ class Script(NamedTuple):
     fault: str
     mark: bool  # whether the file begins with a byte order mark
     ours: bool  # packed by tools/pack.py
+    outer: tuple[tuple[ast.Module, ast.expr], ...] = ()  # layers around it, each with what it executes of the next
 
 
 # ---- bounded unpacking
@@ -155,9 +158,9 @@ UNPACKERS: dict[str, Callable[..., Any]] = {
 # Methods of texts and bytes that a packed script may call.
 METHODS: dict[str, Callable[..., Any]] = {
     "decode": lambda data, *words, **more: _plain_decode(data, *words),
-    "encode": lambda text, *words: text.encode(*words), "strip": lambda text, *words: text.strip(*words),
+    "encode": lambda text, *words: _plain_encode(text, *words), "strip": lambda text, *words: text.strip(*words),
     "replace": lambda text, old, new: _bounded_replace(text, old, new),
-    "split": lambda text, *words: text.split(*words), "join": lambda text, parts: text.join(parts)}
+    "split": lambda text, *words: text.split(*words), "join": lambda text, parts: _bounded_join(text, parts)}
 CONSTANTS = {f"lzma.{name}": getattr(lzma, name) for name in dir(lzma) if name.startswith(("FORMAT_", "FILTER_",
                                                                                           "PRESET_", "CHECK_"))}
 CODINGS = {"utf-8", "utf8", "ascii", "latin-1", "latin1", "iso-8859-1", "hex", "base64"}
@@ -172,6 +175,20 @@ def _plain_decode(data: bytes, name: str = "utf-8", *_: object) -> Any:
     return data.decode(name)
 
 
+def _plain_encode(text: str, name: str = "utf-8", *_: object) -> bytes:
+    """Text as bytes."""
+    if name.lower() not in CODINGS - {"hex", "base64"}:
+        raise ScriptError(f"encodes with {name[:20]!r}")
+    return text.encode(name)
+
+
+def _bounded_join(text: Any, parts: Any) -> Any:
+    """str.join and bytes.join where the result stays small."""
+    if sum(map(len, parts)) + len(text) * len(parts) > SCRIPT_LIMIT_BYTES:
+        raise ScriptError(f"makes more than {SCRIPT_LIMIT_BYTES} bytes")
+    return text.join(parts)
+
+
 def _bounded_replace(text: Any, old: Any, new: Any) -> Any:
     """str.replace and bytes.replace where the result stays small."""
     if len(text) + text.count(old) * (len(new) - len(old)) > SCRIPT_LIMIT_BYTES:
@@ -182,14 +199,20 @@ def _bounded_replace(text: Any, old: Any, new: Any) -> Any:
 # ---- evaluating what a packed script executes
 
 
-def aliases(tree: ast.AST) -> dict[str, str]:
-    """Local name -> full name of everything that is imported anywhere."""
+def aliases(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """Local name -> full name of everything that these nodes import."""
     names: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for item in node.names:
                 names[item.asname or item.name.partition(".")[0]] = item.name if item.asname else (
                     item.name.partition(".")[0])
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.value.args and full_name(
+                node.value.func, {}) in ("__import__", "importlib.import_module") and isinstance(
+                node.value.args[0], ast.Constant):
+            module = str(node.value.args[0].value)
+            names |= {target.id: module if "import_module" in ast.dump(node.value.func) else module.partition(".")[0]
+                      for target in node.targets if isinstance(target, ast.Name)}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {item.asname or item.name: f"{node.module}.{item.name}" for item in node.names}
     return names
@@ -212,24 +235,54 @@ def full_name(node: ast.AST, known: dict[str, str]) -> str:
     return ".".join(reversed(parts))
 
 
+def bindings(tree: ast.AST) -> Iterator[str]:
+    """Every name that is bound anywhere, once for each time; an attribute that is set by its full name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield full_name(node, {})
+        elif isinstance(node, DEFINITIONS):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name.partition(".")[0]
+
+
+def full_name_text(name: str, known: dict[str, str]) -> str:
+    """A dotted name with its root resolved."""
+    root, dot, rest = name.partition(".")
+    return known.get(root, root) + dot + rest
+
+
 class Evaluator:
     """The value of an expression of literals; ScriptError for all else."""
 
     def __init__(self, tree: ast.Module) -> None:
-        self.known = aliases(tree)
+        self.known = aliases(ast.walk(tree))
         self.bound = {target.id: node.value for node in tree.body if isinstance(node, ast.Assign)
                       for target in node.targets if isinstance(target, ast.Name)}
+        self.times = collections.Counter(bindings(tree))
+        for name in self.times:
+            if name in ("exec", "eval", "compile", "open", "bytes") or (
+                    "." in name and full_name_text(name, self.known) in UNPACKERS):
+                raise ScriptError(f"{name[:40]} is changed by the script")
         self.open: set[str] = set()
         self.used: list[str] = []
+        self.held: dict[str, Any] = {}  # values of names: each is made once
+        self.steps = self.made = 0
 
     def value(self, node: ast.expr) -> Any:
         """Of one expression."""
         made = getattr(self, f"_{type(node).__name__}", None)
         if made is None:
             raise ScriptError(f"line {node.lineno}: a {type(node).__name__} is not evaluated here")
+        self.steps += 1
         found = made(node)
         if isinstance(found, (str, bytes)) and len(found) > SCRIPT_LIMIT_BYTES:
             raise ScriptError(f"makes more than {SCRIPT_LIMIT_BYTES} bytes")
+        self.made += len(found) if isinstance(found, (str, bytes, list)) else 0
+        if self.steps > MOST_STEPS or self.made > MADE_LIMIT_BYTES:
+            raise ScriptError(f"takes more than {MOST_STEPS} steps or {MADE_LIMIT_BYTES} bytes to evaluate")
         return found
 
     def _Constant(self, node: ast.Constant) -> Any:  # noqa: N802
@@ -269,11 +322,13 @@ class Evaluator:
             return CONSTANTS[self.known[node.id]]
         if node.id not in self.bound or node.id in self.open:
             raise ScriptError(f"line {node.lineno}: {node.id[:40]} is not bound to a literal")
-        self.open.add(node.id)
-        try:
-            return self.value(self.bound[node.id])
-        finally:
+        if self.times[node.id] > 1:
+            raise ScriptError(f"line {node.lineno}: {node.id[:40]} is bound more than once")
+        if node.id not in self.held:
+            self.open.add(node.id)
+            self.held[node.id] = self.value(self.bound[node.id])
             self.open.discard(node.id)
+        return self.held[node.id]
 
     def _Attribute(self, node: ast.Attribute) -> Any:  # noqa: N802
         name = full_name(node, self.known)
@@ -333,7 +388,7 @@ def file_text(data: bytes) -> str:
 
 def decode(data: bytes) -> Script:
     """The script's layers; never raises for what a stranger wrote."""
-    sizes, shims, text, tree, fault, own = [len(data)], [], "", None, "", False
+    sizes, shims, text, tree, fault, own, outer = [len(data)], [], "", None, "", False, []
     mark = data.startswith(b"\xef\xbb\xbf")
     try:
         text = file_text(data)
@@ -355,6 +410,7 @@ def decode(data: bytes) -> Script:
             sizes.append(len(inner.encode()))
             if sum(sizes[1:]) > SOURCE_LIMIT_BYTES:
                 raise ScriptError(f"unpacks to more than {SOURCE_LIMIT_BYTES} bytes")
+            outer.append((tree, argument))
             text, tree = inner, None
             tree = parse(text)
     except (ScriptError, pack.PackError) as error:
@@ -362,10 +418,10 @@ def decode(data: bytes) -> Script:
     except RecursionError:
         fault = "is nested too deeply to be read"
     # What a decompressor or a literal of the wrong kind raises.
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OSError, MemoryError, zlib.error,
-            lzma.LZMAError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, OSError, MemoryError,
+            zlib.error, lzma.LZMAError) as error:
         fault = f"cannot be unpacked ({type(error).__name__}: {str(error)[:80]})"
-    return Script(sizes, shims, text, tree, fault, mark, own)
+    return Script(sizes, shims, text, tree, fault, mark, own, tuple(outer))
 
 
 # ---- facts about the code
@@ -389,39 +445,93 @@ SHELLS = ("subprocess.", "os.system", "os.popen", "os.exec", "pty.spawn")
 FETCHING = re.compile(r"\b(curl|wget|pip3? install|git (clone|fetch|pull)|huggingface-cli|hf download|aws s3|gsutil|"
                       r"rclone|scp|rsync)\b")
 RUNS_TEXT = {"exec", "eval"}
+# Roots of decorators that change what they get and call nothing by themselves.
+PLAIN_DECORATORS = {"dataclass", "dataclasses", "functools", "torch", "triton", "contextlib", "contextmanager",
+                    "staticmethod", "classmethod", "property", "lru_cache", "cache", "wraps", "jit", "typing",
+                    "override", "final"}
+
+
+def runs_text(name: str) -> bool:
+    """Whether a full name is that of what executes a text."""
+    return name.removeprefix("builtins.") in RUNS_TEXT
+
+
+def at_import(node: ast.AST) -> list[ast.AST]:
+    """The parts of a definition that run when the module is read: decorators, defaults, annotations, bases, the
+    statements of a class and what of its own they name."""
+    if not isinstance(node, DEFINITIONS):
+        return [node]
+    parts: list[ast.AST] = list(node.decorator_list)
+    if isinstance(node, ast.ClassDef):
+        parts += [*node.bases, *node.keywords]
+        called = names_in(inner for inner in node.body if not isinstance(inner, DEFINITIONS))
+        for inner in node.body:
+            parts += [inner] if isinstance(inner, DEFINITIONS) and inner.name in called else at_import(inner)
+    else:
+        given = node.args
+        told = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        parts += [value for value in (*given.defaults, *given.kw_defaults, node.returns, *(
+            argument.annotation for argument in told if argument is not None)) if value is not None]
+    return parts
+
+
+def names_in(nodes: Iterable[ast.AST]) -> set[str]:
+    """Every name that stands in these nodes: as a name, an attribute, or a text by itself."""
+    return {part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else part.value
+            for node in nodes for part in ast.walk(node) if isinstance(part, (ast.Name, ast.Attribute)) or (
+                isinstance(part, ast.Constant) and isinstance(part.value, str))}
+
+
+def is_handed_over(node: ast.AST) -> bool:
+    """Whether a decorator of unknown intent has a definition, which it may call by itself."""
+    return any((full_name(part.func if isinstance(part, ast.Call) else part, {}).partition(".")[0] or "?")
+               not in PLAIN_DECORATORS for part in node.decorator_list)
 
 
 def walk_reached(tree: ast.Module) -> tuple[set[str], set[str]]:
     """Names of the top-level definitions that the module's own statements reach, directly or through each other, and
-    of all. A name counts wherever it stands, so this is never too few."""
+    of all. A name counts wherever it stands, and what is read with the module is run with it, so this is hardly ever
+    too few."""
     defined = {node.name: node for node in tree.body if isinstance(node, DEFINITIONS)}
-    names = {name: {part.id if isinstance(part, ast.Name) else part.attr for part in ast.walk(node)
-                    if isinstance(part, (ast.Name, ast.Attribute))} for name, node in defined.items()}
-    todo = [part.id for node in tree.body if not isinstance(node, DEFINITIONS) for part in ast.walk(node)
-            if isinstance(part, ast.Name)]
-    todo += [part.id for node in defined.values() for other in node.decorator_list for part in ast.walk(other)
-             if isinstance(part, ast.Name) and part.id in defined]
+    names = {name: names_in([node]) & defined.keys() for name, node in defined.items()}
+    todo = [name for name, node in defined.items() if is_handed_over(node)]
+    todo += names_in(part for node in tree.body for part in at_import(node)) & defined.keys()
     reached: set[str] = set()
     while todo:
         name = todo.pop()
-        if name in defined and name not in reached:
+        if name not in reached:
             reached.add(name)
-            todo += names[name] & defined.keys()
+            todo += names[name]
     return reached, set(defined)
 
 
 Nodes = list[tuple[ast.AST, bool]]  # every node of a tree, and whether the start of the script reaches it
 
 
-def list_nodes(tree: ast.Module) -> Nodes:
-    """The nodes of a tree; ScriptError where there are more than anybody writes."""
+def list_nodes(tree: ast.Module, followed: ast.expr | None = None, depth: int = 0) -> Nodes:
+    """The nodes of a tree, and of the texts that it executes as they stand there, but for the one that is `followed`
+    already; ScriptError where there are more than anybody writes."""
     reached, _ = walk_reached(tree)
     nodes: Nodes = []
     for node in tree.body:
-        live = not isinstance(node, DEFINITIONS) or node.name in reached
-        nodes += [(part, live) for part in ast.walk(node)]
+        if isinstance(node, DEFINITIONS) and node.name not in reached:
+            early = {id(part) for piece in at_import(node) for part in ast.walk(piece)}
+            nodes += [(part, id(part) in early) for part in ast.walk(node)]
+        else:
+            nodes += [(part, True) for part in ast.walk(node)]
         if len(nodes) > MOST_NODES:
             raise ScriptError(f"has more than {MOST_NODES} nodes")
+    for node, live in list(nodes):
+        if isinstance(node, ast.Call) and node.args and node.args[0] is not followed and (
+                runs_text(full_name(node.func, {}))) and isinstance(node.args[0], ast.Constant):
+            if depth == MOST_LAYERS:
+                raise ScriptError(f"more than {MOST_LAYERS} layers")
+            value = node.args[0].value
+            inner = list_nodes(parse((file_text(value) if isinstance(value, bytes) else str(value)).strip()), None,
+                               depth + 1)
+            nodes += [(part, live and own) for part, own in inner]
+            if len(nodes) > MOST_NODES:
+                raise ScriptError(f"has more than {MOST_NODES} nodes")
     return nodes
 
 
@@ -458,10 +568,19 @@ def calls(nodes: Nodes, known: dict[str, str]) -> Iterator[tuple[ast.Call, str, 
             yield node, full_name(node.func, known), live
 
 
+def is_imported(node: ast.AST, known: dict[str, str]) -> bool:
+    """Whether the root of a dotted name is something that is imported, and no variable of that name."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Call) or isinstance(node, ast.Name) and node.id in known
+
+
 def find_network(nodes: Nodes, known: dict[str, str]) -> list[Use]:
     """Every call that can use a network: of a module that does nothing else, or of a shell that fetches."""
     found = []
     for node, name, live in calls(nodes, known):
+        if not is_imported(node.func, known):
+            continue
         by_module = name not in HARMLESS and any(name == part or name.startswith(f"{part}.") for part in NETWORK)
         texts = " ".join(str(part.value) for argument in (*node.args, *(item.value for item in node.keywords))
                          for part in ast.walk(argument) if isinstance(part, ast.Constant)
@@ -471,10 +590,11 @@ def find_network(nodes: Nodes, known: dict[str, str]) -> list[Use]:
     return found
 
 
-def find_hidden(nodes: Nodes, known: dict[str, str]) -> list[Use]:
-    """Every `exec` and `eval` of something that is no literal."""
+def find_hidden(nodes: Nodes, known: dict[str, str], followed: ast.expr | None = None) -> list[Use]:
+    """Every `exec` and `eval` of something that is no literal, and is not `followed`."""
     return [Use(name, node.lineno, live, False) for node, name, live in calls(nodes, known)
-            if name in RUNS_TEXT and node.args and not isinstance(node.args[0], ast.Constant)]
+            if runs_text(name) and node.args and node.args[0] is not followed
+            and not isinstance(node.args[0], ast.Constant)]
 
 
 def find_programs(nodes: Nodes, known: dict[str, str]) -> list[Use]:
@@ -503,8 +623,8 @@ def find_literal(tree: ast.Module, name: str) -> Any:
 
 
 class Looked(NamedTuple):
-    """A script and what its code uses; empty where it could not be read to the end. `texts` are its short string
-    literals, `definitions` how many are reached from its start, and of how many."""
+    """A script and what the code of all its layers uses; empty where it could not be read to the end. `texts` are its
+    short string literals, `definitions` how many of the innermost layer are reached from its start, and of how many."""
 
     script: Script
     imports: list[Use]
@@ -523,11 +643,18 @@ def look(data: bytes) -> Looked:
         return Looked(script, [], [], [], [], frozenset(), (0, 0))
     try:
         reached, defined = walk_reached(script.tree)
-        nodes, known = list_nodes(script.tree), aliases(script.tree)
-        texts = frozenset(node.value for node, _ in nodes if isinstance(node, ast.Constant)
-                          and isinstance(node.value, str) and len(node.value) < 200)
-        return Looked(script, find_imports(nodes), find_network(nodes, known), find_hidden(nodes, known),
-                      find_programs(nodes, known), texts, (len(reached), len(defined)))
+        found: tuple[list[Use], ...] = ([], [], [], [])
+        texts: set[str] = set()
+        for tree, followed in (*script.outer, (script.tree, None)):
+            nodes = list_nodes(tree, followed)
+            known = aliases(node for node, _ in nodes)
+            texts |= {node.value for node, _ in nodes if isinstance(node, ast.Constant)
+                      and isinstance(node.value, str) and len(node.value) < 200}
+            for uses, more in zip(found, (find_imports(nodes), find_network(nodes, known),
+                                          find_hidden(nodes, known, followed), find_programs(nodes, known)),
+                                  strict=True):
+                uses += more
+        return Looked(script, *found, frozenset(texts), (len(reached), len(defined)))
     except ScriptError as error:
         fault = str(error)
     except RecursionError:

@@ -152,6 +152,8 @@ def refusals(runs: Sequence[RunFacts], track: schema.Track) -> list[str]:
             if result[name] != first[name]:
                 faults.append(f"{where}: its {what} ({name} {result[name][:16]}) is not that of {runs[0].name} "
                               f"({first[name][:16]})")
+        if track.fineweb and not result["data"]["source"].startswith("fineweb"):
+            faults.append(f"{where}: scored {shown(result['data']['source'])}, this track is of the challenge's text")
         if result["data"]["manifest_sha256"] != first["data"]["manifest_sha256"]:
             faults.append(f"{where}: its dataset is not that of {runs[0].name}")
         if not result["artifact"]["packed"] or not result["declared"].get("packed"):

@@ -282,13 +282,13 @@ def test_in_place_learning_begins_as_nothing_and_learns():
     written = model.blocks[1].mlp.written
     grads = torch.autograd.grad(loss, [written.taps, written.target])
     assert all(grad.abs().min() > 0 for grad in grads)
-    zero = make_model(small_config(**INPLACE, INPLACE_LR=0), 2, shake=0.2)
+    zero = make_model(small_config(**INPLACE, INPLACE_LR=1e-6), 2, shake=0.2)
     for name, parameter in zero.named_parameters():
         parameter.data = dict(model.named_parameters())[name].data
     without = make_forward(zero, 0)(tokens, None)
     assert not torch.allclose(make_forward(model, 0)(tokens, None), without, atol=1e-4)
     # The first chunk reads nothing, whatever is learned.
-    assert torch.allclose(make_forward(model, 0)(tokens, None)[:, :4], without[:, :4], atol=1e-6)
+    assert torch.allclose(make_forward(model, 0)(tokens, None)[:, :4], without[:, :4], atol=1e-5)
 
 
 def test_values_look_ahead_within_their_chunk_and_document_only():
@@ -440,7 +440,9 @@ def test_the_valve_notes_each_rows_entropy_and_takes_its_depth():
     config = small_config(**DRAWN, EVAL="valve")
     model = make_model(config, 3, shake=0.2)
     guest = make_guest("valve", model, config, train_gpt.make_world({}))
-    assert [way.first for way in guest.rehearsed()] == [0, 1, 2] and guest.first == 1
+    ways = guest.rehearsed()  # the last round has the work of all depths, the first row the most
+    assert [way.firsts for way in ways] == [[0], [1], [2], [2, 1, 0]] and guest.firsts == [1]
+    assert ways[-1].begin(1, None).levels == [2] and ways[-1].begin(5, None).levels == [2, 1, 0, 2, 1]
     state, tokens, offers = guest.begin(3, None), tokens_of(3, 12), []
     state.levels = [2, 0, 1]
     places = torch.tensor([3, 4, 12 + 5, 24 + 2, 24 + 3, 24 + 4])

@@ -8,12 +8,15 @@ from conftest import events, launch, make_model, small_config, small_words
 
 from train_gpt import (
     HOLDS,
+    Coverage,
     document_index,
     drawn_passes,
+    dropped_parts,
     load_checkpoint,
     main,
     make_forward,
     make_loss,
+    mean_passes,
     parse_stack,
     plan_layers,
     plan_phase,
@@ -142,8 +145,38 @@ def test_plan_and_evaluation_have_the_mean():
     settings = small_config(**DRAWN).model
     assert parse_stack(STACK)[1][1].depth == (1, 4, 2.0)
     assert [step.block for step in plan_layers(settings)[0].steps] == [0, 1, 2, 1, 2, 3]
-    assert "blocks 1-2: in training 1 to 4 passes a row, on average 2" in plan_text(settings)
+    assert "blocks 1-2: in training 1 to 4 passes a row, on average 2.06" in plan_text(settings)
     assert "blocks 1-2, 4 passes: exact state" in plan_text(settings)
+
+
+@pytest.mark.parametrize("depth", [(1, 4, 2.0), (2, 8, 2.0), (1, 4, 4.0), (4, 8, 4.5), (3, 3, 3.0)])
+def test_the_mean_of_drawn_passes(depth):
+    """Of what is drawn, not of the law that is cut off."""
+    least, most, mean = depth
+    settings = small_config(**DRAWN | {"STACK": f"A (A)*{least}..{most}~{mean:g} A"}).model
+    plan = plan_phase(settings, 0.0, deepest=True)
+    drawn = drawn_passes(settings, plan, 20000, 5)
+    firsts = [step.visit for step in plan.steps if step.turn and step.turn.first]
+    assert (drawn[firsts] > 0).sum(0).mean() == pytest.approx(mean_passes(*depth), abs=0.05)
+
+
+def test_a_step_that_takes_few_passes_is_no_fault():
+    """Coverage spares what belongs to a pass that no row may draw, what PASS_DROP leaves out, and experts with their
+    low-rank paths; Euler's first pass has no decay in its graph, so that none is missed."""
+    config = small_config(**DRAWN | {"LOOP_INSTRUCTIONS": "flow", "ANCHOR_DIM": 4})
+    spared = {name for name, p in make_model(config, 1).named_parameters() if hasattr(p, "rare")}
+    assert spared == {name for name, _ in make_model(config, 1).named_parameters()
+                      if name.startswith(("loops.1.inst_out", "loops.1.anchor"))} and len(spared) == 4 + 3 + 3
+    fixed = small_config(STACK="A (A)*3 A", LOOP_INSTRUCTIONS="flow", PASS_DROP=0.5, MOE_EXPERTS=2, HGF_RANK=2)
+    model = make_model(fixed, 1)
+    coverage = Coverage(model, dropped_parts(fixed.model))
+    kept = {name.split(".")[1] for name in coverage.still if name.startswith("blocks.")}
+    assert kept == {"0", "2"} and not any(name.startswith("loops.") for name in coverage.still)
+    assert not any(".routed." in name for name in coverage.still) and any("path" in name for name in coverage.still)
+    euler = make_model(small_config(STACK="A (A)*3@0.5 A", LOOP_STATE="euler"), 1)
+    for phase, reached in enumerate((False, True)):
+        make_forward(euler, phase)(torch.arange(2, 18).view(2, 8), None).square().sum().backward()
+        assert (euler.loops["1"].a_log.grad is not None) is reached
 
 
 def test_it_trains_resumes_and_ranks_agree(mini, tmp_path):

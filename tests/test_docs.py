@@ -17,7 +17,8 @@ def test_generated_parts_are_fresh():
 
 def test_readme_names_only_settings_and_files_that_exist():
     text = (ROOT / "README.md").read_text()
-    launcher = {"PYTHON", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_WAIT_POLICY", "NAME"}
+    launcher = {"PYTHON", "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_WAIT_POLICY", "NAME",
+                "VARIANT", "TRAIN_SHARDS", "TERNARY"}  # of setup_pod.sh and of a benchmark
     assert set(re.findall(r"\b([A-Z][A-Z_]+)=", text)) <= {*train_gpt.SETTINGS, *launcher, *generate.OPTIONS, "PROMPT"}
     for name in re.findall(r"`?((?:data|tools|records|tests)/[\w.]+\.\w+|\w+\.(?:sh|md))`?", text):
         assert (ROOT / name).exists(), name

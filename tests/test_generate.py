@@ -232,7 +232,7 @@ STACKS = {"recurrent": {"PRESET": "sixteen", "STACK": "G X D A", "CONV_SIZE": 4}
           "titans": {"PRESET": "sixteen", "STACK": "A T A"},
           "parts": {"PRESET": "caseops", "VE_LAYERS": "1", "VE_DIM": 8, "VALUE_RESIDUAL": 1, "BIGRAM_VOCAB_SIZE": 31,
                     "BIGRAM_DIM": 8, "TRIGRAM": 1, "SMEAR_CHANNELS": 1},
-          "drawn": {"PRESET": "chimera", "LOOP_EXIT": 0.9},
+          "drawn": {"PRESET": "chimera", "STACK": "G (X A)*1..4~3 A", "LOOP_EXIT": 0.9},
           "no memory": {"PRESET": "sixteen", "STACK": "A T A", "TITANS_DEPTH": 2}}
 STACKS |= {name: {"PRESET": name} for name in gpt.PRESETS}
 

@@ -16,8 +16,10 @@ import time
 import venv
 from pathlib import Path
 
+import prepare
 import pytest
 
+import train_gpt
 from tools.launch import pick_exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -460,6 +462,18 @@ def test_pod_keeps_its_cuda_torch(pod: Copy, tmp_path: Path):
     assert re.search(r"^torch +ok +2\.9\.1$", out, re.M)
     assert pod.run("run.sh", "--plan")[0] == 0
     assert len(pod.installs()) == 1
+
+
+def test_pod_has_the_default_presets_data(pod: Copy):
+    """Without a word it fetches what ./run.sh will read, and --check looks for it there."""
+    preset = train_gpt.SETTINGS["PRESET"][1].default
+    wanted = pod.root / train_gpt.PRESETS[preset].values["DATA_PATH"]
+    assert pod.run("setup_pod.sh", "TRAIN_SHARDS=2")[0] == 0
+    assert [call["argv"] for call in pod.calls()] == [["fineweb", "--variant", "caseops", "--train-shards", "2"]]
+    assert wanted.name == prepare.VARIANTS["caseops"].dataset
+    assert verdicts(pod.run("setup_pod.sh", "--check")[1])["data"] == "missing"
+    write_script(wanted / "manifest.json", "{}")
+    assert verdicts(pod.run("setup_pod.sh", "--check")[1])["data"] == "ok"
 
 
 def test_pod_builds_on_another_python_when_told(pod: Copy, tmp_path: Path):

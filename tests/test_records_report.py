@@ -106,6 +106,22 @@ def test_no_link_is_followed_and_strange_events_are_left_out(tmp_path, capsys):
     assert report.page(entries).count("data:image") == 4
 
 
+@pytest.mark.parametrize("claim", [{"val_bpb": 1.1, "name": "\ud800"}, {"val_bpb": 1.1, "name": "<img src=x>\n| a"},
+                                   {"val_bpb": -5}, {"val_bpb": 1.7e308}, {"val_bpb": 10 ** 400}, {"val_bpb": 0}])
+def test_a_strangers_texts_and_numbers_spoil_no_page(tmp_path, capsys, claim):
+    """Nor the order: what is no score is no entry."""
+    write_run(tmp_path / "good", 1.8)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "submission.json").write_text(json.dumps(claim))
+    names = [entry.name for entry in report.collect([tmp_path])]
+    assert ("odd" in names) == (claim["val_bpb"] == 1.1) and "good" in names
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert report.main([str(tmp_path), "--markdown"]) == 0
+    assert "<img src=x" not in (tmp_path / "page.html").read_text()
+    out = capsys.readouterr().out
+    assert "<img" not in out and len([line for line in out.splitlines() if line.startswith("| ")]) == 2 + len(names)
+
+
 def test_the_table_for_a_readme(tmp_path, capsys):
     write_run(tmp_path / "a|b", 1.8)
     assert report.main([str(tmp_path), "--markdown"]) == 0

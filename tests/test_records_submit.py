@@ -203,6 +203,15 @@ def move_track(path):
     return path.rename(path.parent.parent / PUBLIC / path.name)
 
 
+OTHER_LAUNCH = b"run_id:x preset:baseline overlay:tiny seed:7 config:0123456789abcdef\n"
+
+
+def forge_audit(path):
+    """A verdict of the audit turned around, and what would tell taken away."""
+    edit(path / "result_seed7.json", put("ledger", "updates", value=3))
+    (path / "receipt_seed7.json").unlink()
+
+
 CHAIN = {"K3"} if (ROOT / "tools" / "receipt.py").exists() else set()
 # What is done to our folder, and exactly the checks that must fail then.
 OWN_SABOTAGES = {
@@ -226,7 +235,8 @@ OWN_SABOTAGES = {
     "configuration": (lambda p: edit(p / "config.json", put("settings", "MODEL_DIM", value=64)), {"K3", "K17"}),
     "two seeds": (drop_seed, {"K17"}),
     "wrong place": (move_track, {"K20"}),
-    "wrong track": (lambda p: edit(p / "submission.json", put("track", value="10min_16mb")), {"K16", "K18", "K20"}),
+    "wrong track": (lambda p: edit(p / "submission.json", put("track", value="10min_16mb")),
+                    {"K4", "K5", "K16", "K18", "K20"}),
     "wrong date": (lambda p: edit(p / "submission.json", put("date", value="2026-05-05")), {"K20"}),
     "no artifact bytes": (lambda p: os.truncate(p / "artifact_seed1337.bin", 0), {"K1", "K3"}),
     "artifact one byte over": (lambda p: os.truncate(p / "artifact_seed1337.bin", 16_000_001 - (
@@ -264,6 +274,9 @@ OWN_SABOTAGES = {
     "alarm": (lambda p: edit(p / "result_seed7.json", put("alarms", value=["worse than knowing nothing"])),
               {"K27"} | CHAIN),
     "left-out run": (lambda p: reseal(p, leave_out), {"K19"}),
+    "no receipt": (lambda p: (p / "receipt_seed7.json").unlink(), {"K20"}),
+    "audit forged without a receipt": (forge_audit, {"K3", "K20"}),
+    "launched again with other settings": (lambda p: append("train_seed7.log", OTHER_LAUNCH)(p), {"K17"}),
     "untold run": (lambda p: reseal(p, lambda r: r["all_runs"].pop()), {"K19"}),
     "tokenizer": (append("tokenizer.model", b"x"), {"K6"}),
     "bytes off by half a percent": (lambda p: replace(p / "train_seed7.log", r"\bval_bytes:\d+", "val_bytes:8937"),
@@ -285,6 +298,24 @@ def test_every_check_fails_in_some_folder():
     assert set().union(*found) | {"K25"} == set(CHECKS)  # K25 is run below
 
 
+BROKE = "the check itself broke"
+
+
+def test_a_check_that_breaks_is_not_known_and_ends_nothing(own, monkeypatch):
+    """A fault of ours is told, and the other checks are made."""
+    broken = CHECKS["K4"]._replace(judge=lambda facts: 1 / 0)
+    monkeypatch.setitem(CHECKS, "K4", broken)
+    found = submit.verify(own)
+    assert found["K4"] == ("unknown", f"{BROKE} (ZeroDivisionError: division by zero)") and found["K5"].status == PASS
+
+
+def test_a_run_that_was_begun_again_with_other_settings_is_one_run(own):
+    """What died before it was begun anew left its line in the log."""
+    path = own / "train_seed7.log"
+    path.write_bytes(OTHER_LAUNCH + path.read_bytes())
+    assert failing(own) == set()
+
+
 def values_in(value, place=()):
     """The places of all values in JSON."""
     yield place
@@ -301,7 +332,9 @@ def test_no_value_ends_the_verdict(own, monkeypatch, name):
     for place in [place for place in values_in(json.loads(text)) if place]:
         odd = rng.choice([None, [], {}, "x", -1, 0.0, 1e308, True, [[1]], {"a": {}}, "\ud800", 10**40])
         edit(own / name, put(*place, value=odd))
-        assert len(submit.verdict_table(checks.judge_all(Facts(own)))) == len(CHECKS) + 1, (place, odd)
+        found = checks.judge_all(Facts(own))
+        assert len(submit.verdict_table(found)) == len(CHECKS) + 1, (place, odd)
+        assert not any(BROKE in row.evidence for row in found.values()), (place, odd, found)
         (own / name).write_text(text)
 
 
@@ -373,7 +406,7 @@ train_shards: 80
 4800/20000 train_loss: 2.1000 train_time: 9.9m tok/s: 100
 4838/20000 val_loss: 2.1423 val_bpb: {bpb + 0.01:.4f}
 stopping_early: wallclock_cap train_time: {facts['ms']}ms step: 4838/20000
-diagnostic pre-quantization post-ema val_loss:{loss - 0.02:.8f} val_bpb:{bpb - 0.01:.8f} eval_time:18334ms
+diagnostic pre-quantization post-ema val_loss:{loss - 0.01 * ratio:.8f} val_bpb:{bpb - 0.01:.8f} eval_time:18334ms
 GPTQ:collected 67 Hessians in 3.4s
 Serialized model quantized+brotli: {facts['model']} bytes
 Code size: {code} bytes
@@ -414,6 +447,20 @@ def public(path, source=SOURCE, shim=lzma_shim, bpbs=BPBS, edit_claim=lambda cla
     for name, data in (beside or {}).items():
         (path / name).write_bytes(data)
     return path
+
+
+def claim_float(claim):
+    """What the line of the float weights says, for each seed and the mean."""
+    for row in (*claim["seed_results"].values(), claim):
+        name = "mean_val_bpb" if row is claim else "bpb"
+        row["val_loss"] = round(row["val_loss"] - 0.01 * RATIO["SP1024"][1], 6)
+        row[name] = round(row[name] - 0.01, 6)
+
+
+def round_seeds(claim):
+    """Five decimals of everything, each rounded from the true value."""
+    for row in (*claim["seed_results"].values(), claim):
+        row.update({name: round(value, 5) for name, value in row.items() if isinstance(value, float)})
 
 
 FETCH = "    from urllib.request import urlopen\n    urlopen('http://example.com')\n"
@@ -457,6 +504,38 @@ PUBLIC_SABOTAGES = {
     "program that is not told": ({"source": "import subprocess\nsubprocess.run(['lrzip', 'x'])\n" + SOURCE}, {"K23"}),
     "module beside it": ({"source": "import kernels_x\n" + SOURCE, "beside": {"kernels_x.py": b"x = 1\n"}}, {"K2"}),
     "file beside it that nothing imports": ({"beside": {"notes.py": b"x = 1\n"}}, set()),
+    "code before what is packed": ({"shim": lambda source: b"import urllib.request\nurllib.request.urlretrieve('http://x')\n"
+                                    + lzma_shim(source)}, {"K24"}),
+    "hidden code before what is packed": ({"shim": lambda source: b"exec(open('w').read())\n" + lzma_shim(source)},
+                                          {"K26"}),
+    "hidden code before an empty layer": ({"shim": lambda source: b"exec(open('w').read())\nexec('pass')\n"}, {"K26"}),
+    "code in a text": ({"source": SOURCE.replace(
+        "    return np", "    exec(\"import urllib.request as u\\nu.urlopen('x')\")\n    return np")}, {"K24"}),
+    "code in bytes": ({"source": SOURCE.replace(
+        "    return np", "    exec(b\"import urllib.request as u\\nu.urlopen('x')\")\n    return np")}, {"K24"}),
+    "hidden code by a longer name": ({"source": SOURCE.replace(
+        "    return np", "    import builtins\n    builtins.exec(open('w').read())\n    return np")}, {"K26"}),
+    "network of a module by another way": ({"source": SOURCE.replace(
+        "    return np", "    system = __import__('os')\n    system.system('curl x')\n    return np")}, {"K24"}),
+    "network in an annotation": ({"source": f"import requests\n{SOURCE}\n\ndef f(x: requests.get('x')):\n    pass\n",
+                                  "beside": {"requirements.txt": b"requests\n"}}, {"K24"}),
+    "network in a class's own method": ({"source": SOURCE + "\n\nclass X:\n    def f():\n    " + FETCH.replace(
+        "\n    ", "\n        ") + "    f()\n"}, {"K24"}),
+    "network in a class that nothing names": ({"source": SOURCE + f"\n\nclass X:\n{FETCH}"}, {"K24"}),
+    "network in a default": ({"source": "import requests\n" + SOURCE + "\n\ndef f(x=requests.get('x')):\n    pass\n",
+                              "beside": {"requirements.txt": b"requests\n"}}, {"K24"}),
+    "network at the end": ({"source": f"import atexit\n{SOURCE}\n\n@atexit.register\ndef f():\n{FETCH}"}, {"K24"}),
+    "network in what a text names": ({"source": SOURCE.replace("    return np", "    globals()['f']()\n    return np")
+                                      + f"\n\ndef f():\n{FETCH}"}, {"K24"}),
+    "decorated network that nothing reaches": ({"source": SOURCE + f"\n\n@torch.no_grad()\ndef f():\n{FETCH}"}, set()),
+    "a variable called datasets": ({"source": SOURCE.replace(
+        "    return np", "    datasets = []\n    datasets.append(1)\n    return np")}, set()),
+    "another spelling of a package": ({"source": "import flash_attn_interface\n" + SOURCE, "beside": {
+        "requirements.txt": b"flash_attn_3\n"}}, set()),
+    "scores of the float weights": ({"edit_claim": claim_float}, {"K3"}),
+    "numbers of two lines": ({"more": "other val_loss:2.50000000 val_bpb:1.48000000\n", "edit_claim": lambda c: c[
+        "seed_results"]["seed_42"].update(val_loss=2.5)}, {"K3", "K4", "K18"}),
+    "rounded seeds": ({"bpbs": {42: 1.080794, 314: 1.081034, 999: 1.081194}, "edit_claim": round_seeds}, set()),
     "training on validation": ({"more": "prequant_ttt: epoch 3/21 loss 2.1\n"}, {"K12"}),
     "third seed of another configuration": ({"only": 999, "lr": "0.03"}, {"K17"}),
     "two seeds": ({"bpbs": {42: 1.22, 314: 1.221}}, {"K17"}),
@@ -491,6 +570,40 @@ def test_the_checks_of_a_public_folder_name_what_they_cannot_tell(tmp_path):
     found = submit.verify(public(tmp_path / PUBLIC / f"{DATE}_Entry"))
     assert {name for name, row in found.items() if row.status == "unknown"} == {
         "K6", "K7", "K8", "K9", "K10", "K11", "K12", "K13", "K19", "K25"}
+
+
+def test_what_one_log_alone_tells_is_not_known_of_the_others(tmp_path):
+    path = public(tmp_path / PUBLIC / f"{DATE}_Entry")
+    for seed in (314, 999):
+        log = path / f"train_seed{seed}.log"
+        kept = [line for line in log.read_text().splitlines() if "time" not in line or "phased" in line]
+        log.write_text("\n".join(line.partition(" eval_time")[0] for line in kept) + "\n")
+    found = submit.verify(path)
+    for name in ("K14", "K15"):
+        assert found[name].status == "unknown" and "nothing tells of seed 314, 999" in found[name].evidence
+
+
+def test_logs_by_other_names_are_found(tmp_path):
+    path = public(tmp_path / PUBLIC / f"{DATE}_Entry")
+    (path / "logs").mkdir()
+    for seed, name in zip(BPBS, ("run_seed42.txt", "logs/epochs5_seed314.txt", "seed999.txt"), strict=True):
+        (path / f"train_seed{seed}.log").rename(path / name)
+    assert failing(path) == set() and len(Facts(path).logs) == 3
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda p: (p / "submission.json").write_text('{"val_bpb": 1' + "0" * 400 + "}"),
+    lambda p: replace(p / "train_seed42.log", r"^val_tokens: \d+", "val_tokens: " + "9" * 350),
+    lambda p: replace(p / "train_seed42.log", r"val_bpb:[\d.]+ eval_time", "val_bpb:1e999 eval_time"),
+    lambda p: edit(p / "submission.json", put("seed_results", "seed_42", "val_loss", value=1e300)),
+    lambda p: edit(p / "submission.json", put("bytes_total", value=10 ** 60))])
+def test_numbers_that_nothing_can_be_break_nothing(tmp_path, spoil):
+    path = public(tmp_path / PUBLIC / f"{DATE}_Entry")
+    spoil(path)
+    found = submit.verify(path)
+    assert not any(BROKE in row.evidence for row in found.values())
+    assert {row.status for row in found.values()} >= {"unknown", PASS}
+    submit.main(["compare", str(path), str(public(tmp_path / PUBLIC / f"{DATE}_Other"))])
 
 
 @pytest.mark.parametrize("name, wrong", [("Entry", True), (f"{DATE}_Entry", False), ("2026-13-01_Entry", True),
@@ -584,6 +697,7 @@ def test_a_hostile_folder_gets_its_verdict(tmp_path, capsys, name):
     assert said.err == "" and "\x1b" not in said.out and len(said.out.splitlines()) == 28
     assert "root:" not in said.out
     assert expected <= failing(path)
+    assert not any(BROKE in row.evidence for row in submit.verify(path).values())
 
 
 def test_a_script_is_not_executed(tmp_path):
@@ -602,9 +716,26 @@ def test_a_script_is_not_executed(tmp_path):
     ("import zlib\nexec(zlib.decompress(b'x'))", "cut short"), ("exec('a' * 10**9)", "not evaluated here"),
     ("exec('ab'.replace('a', 'x' * 2))", "not evaluated here"), ("x = y\ny = x\nexec(x)", "not bound to a literal"),
     ("import lzma\nexec(lzma.decompress(b'', format=3, filters=[{'id': 33, 'dict_size': 4000000000}]))", "dictionary"),
-    ("exec('exec(' + repr('exec(1)') + ')')", "not evaluated here")])
+    ("exec('exec(' + repr('exec(1)') + ')')", "not evaluated here"), ("exec('a'.encode('nope'))", "encodes with"),
+    ("exec('a'.encode('punycode'))", "encodes with"),
+    ("import zlib\nexec(zlib.decompress(b'', 99999999999999999999))", "OverflowError"),
+    (f"exec({'x' * 3000!r}.join({','.join('a' * 3000)!r}.split(',')))", "makes more than"),
+    (f"a = {'x' * 40_000!r}\nexec(a{' + a' * 90})", "takes more than"),
+    ("P = open('w').read()\nexec(P)\nP = 'pass'", "bound more than once"), ("P = 'a'\nP += 'b'\nexec(P)", "bound more"),
+    ("P = 'a'\nfor P in open('w'):\n    pass\nexec(P)", "bound more"),
+    ("import base64\nbase64.b64decode = open\nexec(base64.b64decode('eA=='))", "is changed"),
+    ("def exec(x):\n    open(x)\nexec('pass')", "is changed"),
+    ("exec(['x', " + "'x', " * 30_000 + "][0])", "takes more than")])
 def test_what_is_no_literal_is_not_evaluated(text, why):
     assert why in scripts.decode(text.encode()).fault
+
+
+def test_names_are_evaluated_once():
+    """A chain of sums of itself would take for ever."""
+    rows = "".join(f"a{n + 1} = a{n} + a{n}\n" for n in range(60))
+    began = time.monotonic()
+    found = scripts.decode(f"a0 = ''\n{rows}exec(a60)".encode())
+    assert found.fault == "" and time.monotonic() - began < 5
 
 
 def test_layers_are_bounded():
@@ -778,10 +909,13 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys, words, why):
     assert said.startswith(why) and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_the_record_track_wants_a_base_and_its_hardware(runs, tmp_path, capsys, made):
+def test_the_record_track_wants_a_base_and_its_hardware(runs, tmp_path, capsys, made, monkeypatch):
     words = [*make_words(runs, tmp_path), "--track", "10min_16mb"]
     assert submit.main(words) == 3
     assert "--base: track 10min_16mb" in capsys.readouterr().err
+    assert submit.main([*words, "--base", str(made)]) == 3
+    assert "scored text, this track is of the challenge's text" in capsys.readouterr().err
+    monkeypatch.setitem(schema.TRACKS, "10min_16mb", schema.TRACKS["10min_16mb"]._replace(fineweb=False))
     assert submit.main([*words, "--base", str(made)]) == 3
     assert "K16 hardware" in capsys.readouterr().err
 

@@ -285,6 +285,36 @@ def test_gpus_and_cores_are_divided():
         sweep.devices(8, {"NPROC": "2"}, 8, [0])
 
 
+def test_more_names_of_gpus_than_are_used():
+    chosen = sweep.devices(2, {"CUDA_VISIBLE_DEVICES": "4, 5,6,7,"}, 2, [0])
+    assert [share["CUDA_VISIBLE_DEVICES"] for share, _ in chosen] == ["4", "5"]
+
+
+def test_a_gpu_that_a_run_still_holds_is_not_given_twice(tmp_path):
+    """Whoever launched the run: the lock on a GPU is the run's. Pairs of GPUs and single ones know of each other."""
+    stop, said = threading.Event(), []
+    lab = sweep.Lab(["false"], {}, tmp_path, lambda: "x", poll=0.01, seats=tmp_path)
+
+    def worker(mine, *others):
+        shares = [{"CUDA_VISIBLE_DEVICES": names} for names in (mine, *others)]
+        return sweep.Worker(None, lab, stop, shares[0], None, said.append, shares)
+
+    device, held = worker("0", "1", "2,3").take_device()
+    assert device["CUDA_VISIBLE_DEVICES"] == "0"
+    device, more = worker("0", "1", "2,3").take_device()
+    assert device["CUDA_VISIBLE_DEVICES"] == "1"
+    device, most = worker("1,2", "0,3", "2,3").take_device()
+    assert device["CUDA_VISIBLE_DEVICES"] == "2,3" and len(most) == 2 and not said
+    most[0].close()
+    assert worker("0", "2").take_device()[0]["CUDA_VISIBLE_DEVICES"] == "2"
+    stop.set()
+    with pytest.raises(sweep.Interrupted):
+        worker("3").take_device()
+    assert len(said) == 1 and "earlier worker" in said[0]
+    held[0].close()
+    assert worker("0").take_device()[0]["CUDA_VISIBLE_DEVICES"] == "0" and more
+
+
 def test_a_trial_is_a_launch_of_run_sh_whatever_a_benchmark_set(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     lab = sweep.make_lab()

@@ -622,7 +622,7 @@ SUITES = {
     "hybrid": Suite(HYBRID_ROWS, HYBRID_OWN_SHAPE, "chimera", ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024"),
                     20, 400_000, 120, again=Again(
                         "The same artifacts, evaluated otherwise: bits per byte over the contiguous ones",
-                        ("base",), "reload,evaluate",
+                        ("base",), "reload,evaluate,report",
                         {**{f"{passes} passes": [f"EVAL_PASSES={passes}"] for passes in (1, 4)},
                          "exit": ["EVAL_PASSES=4", "LOOP_EXIT=0.05"],
                          "same chunks": ["EVAL=valve", "VALVE_PASSES=2,2,2"],

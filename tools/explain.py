@@ -60,8 +60,8 @@ TABLES: dict[str, tuple[Row, ...]] = {"chimera": (
     Row("looping", BUILT, "a state that fades below 1 by construction, exact hold or Euler, passes drawn for each row, "
         "gradients through the last half", ("LOOP_STATE", "STACK")),
     Row("looping: adaptive_exit", BUILT, "in evaluation each position leaves by itself when a pass changes it by "
-        "less than a share, so that the past alone decides; "
-        "no work is saved by it yet; off", ("LOOP_EXIT", "EVAL_PASSES")),
+        "less than a share, so that the past alone decides; it matters from three passes on and saves no work: later "
+        "tokens may take more passes and read what this one is there; off", ("LOOP_EXIT", "EVAL_PASSES")),
     Row("span_inference", PART, "./run.sh generate SPECULATE=n drafts what followed the text's own end before and "
         "reads a draft in one forward, with the same distribution; no bank, no tree, and nothing of it moves a score"),
     Row("grammar, debt_ledger", PART, "./run.sh generate GRAMMAR=json, brackets or a file masks what cannot follow. In "

@@ -300,9 +300,10 @@ def main(argv: list[str]) -> int:
             return 2
         kind, packed = (settings["PRESET"], settings["OVERLAY"]), result.get("artifact", {}).get("packed")
         scored = "float" in result.get("scores", {})
-        if kind not in RUNS or not packed or RUNS[kind] == REFERENCE and not scored:
-            print(f"{folders[0]}: must be a finished default run of the packed file on a CPU, or jamone's at full "
-                  f"size, not {kind}, packed:{packed}", file=sys.stderr)
+        within = result.get("budget", {}).get("ok", False)
+        if kind not in RUNS or not packed or RUNS[kind] == REFERENCE and not (scored and within):
+            print(f"{folders[0]}: must be a finished default run of the packed file on a CPU within its budget, or "
+                  f"jamone's at full size, not {kind}, packed:{packed}, within its budget:{within}", file=sys.stderr)
             return 2
         RUNS[kind].write_text(json.dumps(result, indent=1) + "\n")
     old = README.read_text()

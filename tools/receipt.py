@@ -30,6 +30,10 @@ class ReceiptError(Exception):
     """A user's mistake; the message is one clear line."""
 
 
+class PackageError(ReceiptError):
+    """A signature that cannot be looked at without a package."""
+
+
 def read_chain(path: Path) -> tuple[list[dict[str, Any]], str, list[str]]:
     """The events of a log, the chain behind the last one, and the faults: lines whose chain does not follow. A line
     that is no JSON is what a kill cut short; it is none where the next event says that a process began."""
@@ -153,6 +157,9 @@ def check(folder: Path) -> list[str]:
                    for name, value in found.items() if receipt.get(name) != value]
         if "signature" in receipt:
             faults += check_signature(receipt)
+    except PackageError:
+        if not faults:
+            raise
     except (OSError, ValueError, AttributeError) as error:
         faults.append(f"receipt.json: cannot be read ({error})")
     return faults
@@ -164,7 +171,7 @@ def check_signature(receipt: dict[str, Any]) -> list[str]:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     except ImportError:
-        raise ReceiptError("receipt.json: is signed, and to look at that needs the package cryptography") from None
+        raise PackageError("receipt.json: is signed, and to look at that needs the package cryptography") from None
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(receipt["public_key"]))
         key.verify(bytes.fromhex(receipt["signature"]), signed_bytes(receipt))

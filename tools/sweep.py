@@ -44,6 +44,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -325,6 +326,7 @@ class Lab(NamedTuple):
     poll: float = 1.0  # seconds between two looks at a run
     beat: float = 15.0  # seconds between two signs of life
     grace: float = 120.0  # seconds without one, after which a worker on another machine is dead
+    seats: Path = Path(tempfile.gettempdir())  # of locks on the GPUs of this machine, for all sweeps
 
 
 def source_digest() -> str:
@@ -619,8 +621,10 @@ class Worker:
     """Runs trials one after the other; a sweep has as many as --jobs says, on as many machines as one likes."""
 
     def __init__(self, store: Store, lab: Lab, stop: threading.Event, device: Mapping[str, str],
-                 cores: set[int] | None, say: Callable[[str], None]) -> None:
+                 cores: set[int] | None, say: Callable[[str], None], others: Iterable[Mapping[str, str]] = ()) -> None:
+        """`device` has the variables of the GPUs that are this worker's, `others` those of the other workers here."""
         self.store, self.lab, self.stop, self.device, self.cores, self.say = store, lab, stop, device, cores, say
+        self.devices = [device, *(other for other in others if other != device)]
         self.seconds: list[float] = []
 
     def work(self) -> None:
@@ -703,6 +707,29 @@ class Worker:
         found = curve_points(Tail(path).read(), read_settings(folder)) if path.exists() else {}
         return {str(part): loss for part, loss in found.items()}
 
+    def take_device(self, job: Job | None = None) -> tuple[Mapping[str, str], list[io.TextIOWrapper]]:
+        """The first GPUs that no run holds, and the locks on them, which the run inherits: one that outlived its worker
+        keeps its own. Waits until there are some; Interrupted where the sweep ends before."""
+        waited, began, beats = False, self.lab.clock(), 0
+        while True:
+            for device in self.devices:
+                names = [name for name in device.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+                locks = [try_lock(self.lab.seats / f"sixteen_gpu_{os.getuid()}_{re.sub(r'[^A-Za-z0-9-]', '_', name)}")
+                         for name in names]
+                if None not in locks:
+                    return device, locks
+                for lock in filter(None, locks):
+                    lock.close()
+            if not waited:
+                self.say("every GPU has a run of an earlier worker; waiting for one")
+            waited = True
+            self.stop.wait(self.lab.poll)
+            if self.stop.is_set():
+                raise Interrupted
+            if job is not None and self.lab.clock() - began >= self.lab.beat * (beats + 1):
+                beats += 1
+                self.store.beat(job, -beats)  # another number than those while it runs
+
     def play(self, job: Job, words: list[str], digest: str) -> bool:
         """Launches the run, or waits for one that outlived its worker; True where it was stopped early. It holds the
         lock itself, so it is never run twice at a time."""
@@ -715,11 +742,17 @@ class Worker:
                 lock.close()
                 return False
             path.unlink(missing_ok=True)
-            with lock, self.store.path(job.place, "out").open("ab") as out:
+            with contextlib.ExitStack() as held:
+                held.enter_context(lock)
+                device, seats = self.take_device(job)
+                for seat in seats:
+                    held.enter_context(seat)
+                out = held.enter_context(self.store.path(job.place, "out").open("ab"))
                 child = subprocess.Popen(
                     ["/bin/sh", "-c", WRAPPER, str(self.store.path(job.place, "exit")), digest, *self.lab.command,
                      *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                    env={**self.lab.env, **self.device}, pass_fds=[lock.fileno()], start_new_session=True)
+                    env={**self.lab.env, **device}, pass_fds=[file.fileno() for file in (lock, *seats)],
+                    start_new_session=True)
         began, beats, told = self.lab.clock(), 0, set()
         tail = Tail(self.store.folder / str(job.place) / "events.jsonl")
         try:
@@ -811,8 +844,8 @@ def devices(jobs: int, env: Mapping[str, str], gpus: int, cores: list[int]) -> l
         raise gpt.ConfigError(f"--jobs: {jobs}: must divide the {gpus} GPUs of this machine")
     if gpus and env.get("NPROC"):
         raise gpt.ConfigError(f"NPROC={env['NPROC']}: --jobs {jobs} gives a trial {gpus // jobs} of the {gpus} GPUs")
-    names = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = names if len(names) == gpus else [*map(str, range(gpus))]
+    given = [name.strip() for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = given[:gpus] if len(given) >= gpus else [*map(str, range(gpus))]
     found = []
     for index in range(jobs):
         mine = names[index * gpus // jobs:(index + 1) * gpus // jobs]
@@ -830,7 +863,8 @@ def run_workers(store: Store, lab: Lab, shares: list[tuple[dict[str, str], set[i
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    workers = [Worker(store, lab, stop, device, cores, say) for device, cores in shares]
+    workers = [Worker(store, lab, stop, device, cores, say, [other for other, _ in shares])
+               for device, cores in shares]
     with ThreadPoolExecutor(len(workers)) as pool:
         futures = [pool.submit(worker.work) for worker in workers]
         try:
