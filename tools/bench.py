@@ -965,7 +965,8 @@ def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Tab
                 found["tokens_per_second"], *speeds, speeds[-1] / speeds[0] if all(speeds) else None,
                 found["accepted"] / found["drafted"] if found["drafted"] else None, found["model_bytes"],
                 held.packing and held.packing.share, found["state_bytes"]])
-            print(f"{folder}: {name}: {found['tokens_per_second'] or 0:,.1f} tokens a second", file=sys.stderr, flush=True)
+            print(f"{folder}: {name}: {found['tokens_per_second'] or 0:,.1f} tokens a second", file=sys.stderr,
+                  flush=True)
     columns = {"preset": "", "stack": "", "as": "", "text": "", "tokens/s": ",.1f",
                **{f"at {place}": ",.1f" for place in places}, "last / first": ".3f", "drafts taken": ".0%",
                "model bytes": ",d", "packed / bf16": ".3f", "state bytes": ",d"}
