@@ -997,13 +997,14 @@ CHECKS: dict[str, Check] = {
 
 
 def judge_all(facts: Facts) -> dict[str, Verdict]:
-    """The verdict of every check, in the order of the list. One that breaks on a folder is not known, and says so."""
+    """The verdict of every check, in the order of the list. One that breaks on a folder has failed, and says so: what a
+    check cannot stand, no honest tool writes, or the check is to be mended."""
     found = {}
     for name, check in CHECKS.items():
         try:
             found[name] = check.judge(facts)
         except Exception as error:  # whatever a stranger wrote, the other checks are made
-            found[name] = Verdict(UNKNOWN, f"the check itself broke ({type(error).__name__}: {shown(error, 120)})")
+            found[name] = Verdict(FAIL, f"the check itself broke ({type(error).__name__}: {shown(error, 120)})")
     return found
 
 

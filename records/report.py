@@ -181,6 +181,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "train s": lambda entry: count_text(entry.train_seconds), "eval s": lambda entry: count_text(entry.eval_seconds),
     "budget": lambda entry: {True: "kept", False: "over", None: ""}[entry.ok],
     "scored bytes": lambda entry: count_text(entry.val_bytes)}
+MOST_SIGNS = 200  # of a cell
 LEFT = ("what", "preset", "by", "other scores")
 
 
@@ -189,16 +190,11 @@ def count_text(value: float | None) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
-def plain(text: str) -> str:
-    """A stranger's text in one line that can be written anywhere; ours is so already."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def markdown(entries: list[Entry]) -> str:
     """The table for a README."""
     lines = [f"| {' | '.join(COLUMNS)} |",
              "|" + "|".join(" --- " if name in LEFT else " ---: " for name in COLUMNS) + "|"]
-    lines += ["| " + " | ".join(html.escape(plain(read(entry)), quote=False).replace("|", "\\|")
+    lines += ["| " + " | ".join(html.escape(shown(read(entry), MOST_SIGNS), quote=False).replace("|", "\\|")
                                 for read in COLUMNS.values()) + " |" for entry in entries]
     return "\n".join(lines)
 
@@ -208,8 +204,8 @@ def table(entries: list[Entry]) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("#", *COLUMNS))
     rows = ""
     for rank, entry in enumerate(entries, 1):
-        cells = "".join(f"<td{'' if name in LEFT else ' class=number'}>{html.escape(plain(read(entry)))}</td>"
-                        for name, read in COLUMNS.items())
+        cells = "".join(f"<td{'' if name in LEFT else ' class=number'}>"
+                        f"{html.escape(shown(read(entry), MOST_SIGNS))}</td>" for name, read in COLUMNS.items())
         rows += f"<tr><td>{rank}</td>{cells}</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 

@@ -695,6 +695,11 @@ def test_long_repetitions_are_drafted_in_bounded_time():
     drafts.text = Counted(drafts.text)
     assert drafts.propose(8) == [2, 3, 4, 2, 3, 4, 2, 3]
     assert Counted.reads < 200
+    # A pair that stands everywhere behind and before other tokens is looked for at so many places only.
+    drafts = Drafts([token for place in range(3000) for token in (2, 3, 10 + place)] + [2, 3])
+    drafts.text, Counted.reads = Counted(drafts.text), 0
+    assert drafts.propose(1) == [10 + 2999]
+    assert Counted.reads < 4 * generate.MOST_PLACES
 
 
 def test_help_names_every_option(capsys):

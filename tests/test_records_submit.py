@@ -301,12 +301,12 @@ def test_every_check_fails_in_some_folder():
 BROKE = "the check itself broke"
 
 
-def test_a_check_that_breaks_is_not_known_and_ends_nothing(own, monkeypatch):
+def test_a_check_that_breaks_has_failed_and_ends_nothing(own, monkeypatch):
     """A fault of ours is told, and the other checks are made."""
     broken = CHECKS["K4"]._replace(judge=lambda facts: 1 / 0)
     monkeypatch.setitem(CHECKS, "K4", broken)
     found = submit.verify(own)
-    assert found["K4"] == ("unknown", f"{BROKE} (ZeroDivisionError: division by zero)") and found["K5"].status == PASS
+    assert found["K4"] == (FAIL, f"{BROKE} (ZeroDivisionError: division by zero)") and found["K5"].status == PASS
 
 
 def test_a_run_that_was_begun_again_with_other_settings_is_one_run(own):

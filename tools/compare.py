@@ -581,7 +581,8 @@ def trit_fact(kind: str) -> Callable[[dict[str, Any]], float]:
 
 class Again(NamedTuple):
     """What is done again with the trained weights of some rows, at no cost of training: the table's title, the rows,
-    the stages, the words under their names, and the score of the run that what comes out is compared with."""
+    the stages before the report, the words under their names, and the score of the run that what comes out is compared
+    with."""
     title: str
     rows: tuple[str, ...]
     stages: str
@@ -622,7 +623,7 @@ SUITES = {
     "hybrid": Suite(HYBRID_ROWS, HYBRID_OWN_SHAPE, "chimera", ("TRAIN_BATCH_TOKENS=2048", "MICRO_BATCH_TOKENS=1024"),
                     20, 400_000, 120, again=Again(
                         "The same artifacts, evaluated otherwise: bits per byte over the contiguous ones",
-                        ("base",), "reload,evaluate,report",
+                        ("base",), "reload,evaluate",
                         {**{f"{passes} passes": [f"EVAL_PASSES={passes}"] for passes in (1, 4)},
                          "exit": ["EVAL_PASSES=4", "LOOP_EXIT=0.05"],
                          "same chunks": ["EVAL=valve", "VALVE_PASSES=2,2,2"],
@@ -697,7 +698,7 @@ def again_fields(course: Course, variants: list[Variant], seeds: list[int], agai
                 if (trained := course.results.get((variant.name, seed))) is None:
                     continue
                 folder = variant.folder / f"{variant.place(seed).name}_{label.replace(' ', '_')}"
-                job = [f"FROM={variant.place(seed)}", f"STAGES={again.stages}", f"EVAL={kind}", *words,
+                job = [f"FROM={variant.place(seed)}", f"STAGES={again.stages},report", f"EVAL={kind}", *words,
                        "EVAL_BUDGET_SECONDS=0", f"RUNS_PATH={variant.folder}", f"RUN_ID={folder.name}"]
                 # A recipe has one program, whatever the seed.
                 program = program or program_digest(lab.pack(gpt.load_config(job, lab.env)))

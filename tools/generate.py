@@ -16,7 +16,8 @@ sees the text as that tokenizer has it, in lower case with control characters. P
 bits a weight (tools/packed.py).
 
 Exit codes: 0, 2 for a mistake in the words, 3 where TOKENS ended before the grammar was satisfied. Beside the options
-below, DATA_PATH, TOKENIZER_PATH, COMPUTE_DTYPE, KERNELS and THREADS go to train_gpt.py. Options:
+below, DATA_PATH, TOKENIZER_PATH, COMPUTE_DTYPE, KERNELS and THREADS go to train_gpt.py. Each may
+stand in the environment, too. Options:
 
 """
 
@@ -73,8 +74,11 @@ GRAMMARS: dict[str, Callable[[Any], str]] = {
 
 def read_grammar(text: str) -> str:
     """Reads GRAMMAR: a name, or a file that is there."""
-    if text in ("none", *GRAMMARS) or (text.endswith(".lark") and Path(text).is_file()):
-        return text
+    try:
+        if text in ("none", *GRAMMARS) or (text.endswith(".lark") and Path(text).is_file()):
+            return text
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be read ({error.strerror})") from None
     raise argparse.ArgumentTypeError(f"{text}: must be none, {', '.join(GRAMMARS)} or a .lark file that is there")
 
 
@@ -139,7 +143,11 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> Words:
             raise UsageError(f"{word.splitlines()[0] if word else word}: must be FROM=, PROMPT=, {', '.join(OPTIONS)} "
                              f"or {', '.join(SETTINGS)}, each NAME=value")
     folder = Path(texts["FROM"])
-    if not texts["FROM"] or not all((folder / name).is_file() for name in ("config.json", "artifact.bin")):
+    try:
+        there = texts["FROM"] and all((folder / name).is_file() for name in ("config.json", "artifact.bin"))
+    except OSError as error:
+        raise UsageError(f"FROM={texts['FROM']}: cannot be read ({error.strerror})") from None
+    if not there:
         raise UsageError(f"FROM={texts['FROM']}: must be a run folder with config.json and artifact.bin")
     try:
         texts["PROMPT"].encode()
@@ -454,7 +462,7 @@ class Grammar:
 class Meter:
     """What was measured while text was made: seconds for the prompt; times at the beginning and behind each token;
     forwards behind the prompt; tokens drafted and taken of those; bytes of what is kept of the text; why it ended
-    (tokens, end or grammar), and whether the grammar, where there is one, was satisfied."""
+    (tokens, end, grammar or a fault of that), and whether the grammar, where there is one, was satisfied."""
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     times: list[float] = dataclasses.field(default_factory=list)
@@ -695,9 +703,6 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        say(f"FROM or GRAMMAR: {error}")
-        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -623,7 +623,7 @@ class Worker:
     def __init__(self, store: Store, lab: Lab, stop: threading.Event, device: Mapping[str, str],
                  cores: set[int] | None, say: Callable[[str], None], others: Iterable[Mapping[str, str]] = ()) -> None:
         """`device` has the variables of the GPUs that are this worker's, `others` those of the other workers here."""
-        self.store, self.lab, self.stop, self.device, self.cores, self.say = store, lab, stop, device, cores, say
+        self.store, self.lab, self.stop, self.cores, self.say = store, lab, stop, cores, say
         self.devices = [device, *(other for other in others if other != device)]
         self.seconds: list[float] = []
 
