@@ -55,16 +55,17 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t whole __attribute__((vector_size(4 * LANES)));
 typedef float floats __attribute__((vector_size(4 * LANES)));
 
-/* y of one row of weights for `count` rows of x, `width` floats apart; those of y are `apart`. Sums run side by side in
-   `ways`, so that few of them do not wait for each other. */
+/* y of one row of `row_blocks` blocks of weights, `blocks` to a group and what is left in the last, for `count` rows of
+   x, `width` floats apart; those of y are `apart`. Sums run side by side in `ways`, so that few of them do not wait for
+   each other. */
 static inline __attribute__((always_inline)) void row_of(
     const uint8_t *bits, const uint8_t *levels, const float *table, const float *x, float *y, size_t apart,
-    int groups, int blocks, size_t width, const int count, const int ways)
+    int row_blocks, int blocks, size_t width, const int count, const int ways)
 {
   floats total[MOST] = {{0}};
-  for (int group = 0; group < groups; group++) {
+  for (int left = row_blocks; left > 0; left -= blocks) {
     floats part[MOST][4] = {{{0}}};
-    for (int block = 0; block < blocks; block++) {
+    for (int block = 0; block < (left < blocks ? left : blocks); block++) {
       uint32_t each[LANES];
       for (int j = 0; j < LANES; j++) each[j] = (uint32_t)bits[j] << 24;
       words wide;
@@ -80,7 +81,7 @@ static inline __attribute__((always_inline)) void row_of(
       bits += LANES;
       x += 4 * LANES;
     }
-    const float scale = table[levels[group]];
+    const float scale = table[*levels++];
     UNROLL for (int t = 0; t < count; t++)
       UNROLL for (int way = 0; way < ways; way++) total[t] += scale * part[t][way];
   }
@@ -92,13 +93,13 @@ static inline __attribute__((always_inline)) void row_of(
 }
 
 #define ROW(count, ways) row_of(bits + row * stride, levels + row * groups, table, x + t * 4 * stride, \
-                                y + t * rows + row, rows, groups, blocks, 4 * stride, count, ways)
+                                y + t * rows + row, rows, row_blocks, blocks, 4 * stride, count, ways)
 
-/* bits (rows, groups, blocks, LANES), levels (rows, groups), x (count, groups, blocks, 4 LANES) -> y (count, rows). */
+/* bits (rows, row_blocks, LANES), levels (rows, groups), x (count, row_blocks, 4 LANES) -> y (count, rows). */
 void product(const uint8_t *bits, const uint8_t *levels, const float *table, const float *x, float *y,
-             int rows, int groups, int blocks, int count, int threads)
+             int rows, int row_blocks, int blocks, int count, int threads)
 {
-  const size_t stride = (size_t)groups * blocks * LANES;
+  const size_t stride = (size_t)row_blocks * LANES, groups = (row_blocks + blocks - 1) / blocks;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int row = 0; row < rows; row++)
     for (size_t t = 0; t < (size_t)count; t += MOST)
@@ -113,9 +114,9 @@ void product(const uint8_t *bits, const uint8_t *levels, const float *table, con
 
 
 class Trits(NamedTuple):
-    """A ternary matrix (R, C): codes of two bits (R, G, P / 4) uint8, P being a group's inputs rounded up to BLOCK; the
-    groups' rows of the table (R, G) uint8; the table's scales, fp32; C; and how many inputs share a scale, 0 for
-    all."""
+    """A ternary matrix (R, C): codes of two bits (R, W / 4) uint8, W being its groups' inputs, each group's rounded up
+    to BLOCK; the groups' rows of the table (R, G) uint8; the table's scales, fp32; C; and how many inputs share a
+    scale, 0 for all."""
     codes: Tensor
     levels: Tensor
     table: Tensor
@@ -133,6 +134,17 @@ def group_size(columns: int, group: int) -> int:
     return min(group or columns, columns)
 
 
+def group_blocks(columns: int, group: int) -> int:
+    """Blocks of a whole group."""
+    return -(-group_size(columns, group) // BLOCK)
+
+
+def row_blocks(columns: int, group: int) -> int:
+    """Blocks of a row: those of its whole groups and what a ragged last one needs."""
+    whole, rest = divmod(columns, group_size(columns, group))
+    return whole * group_blocks(columns, group) + -(-rest // BLOCK)
+
+
 def in_groups(x: Tensor, group: int) -> Tensor:
     """x (R, C) as (R, G, P), with zeros behind a ragged last group, and behind each up to whole blocks."""
     rows, columns = x.shape
@@ -142,21 +154,28 @@ def in_groups(x: Tensor, group: int) -> Tensor:
     return F.pad(wide, (0, -size % BLOCK)) if size % BLOCK else wide
 
 
+def in_blocks(x: Tensor, group: int) -> Tensor:
+    """x (R, C) as (R, W): in_groups without the empty blocks of a ragged last group."""
+    return in_groups(x, group).flatten(1)[:, :row_blocks(x.shape[1], group) * BLOCK]
+
+
 def _shifts(device: torch.device) -> Tensor:
     return torch.arange(0, 8, 2, dtype=torch.uint8, device=device)[:, None]
 
 
 def pack_codes(codes: Tensor, group: int) -> Tensor:
-    """Codes -1, 0, 1 (R, C) int8 as numbers of two bits, the upper one the sign, (R, G, P / 4) uint8."""
-    planes = (in_groups(codes, group) & 3).to(torch.uint8).unflatten(2, (-1, 4, LANES))
-    return (planes << _shifts(codes.device)).sum(3, dtype=torch.uint8).flatten(2)
+    """Codes -1, 0, 1 (R, C) int8 as numbers of two bits, the upper one the sign, (R, W / 4) uint8."""
+    planes = (in_blocks(codes, group) & 3).to(torch.uint8).unflatten(1, (-1, 4, LANES))
+    return (planes << _shifts(codes.device)).sum(2, dtype=torch.uint8).flatten(1)
 
 
 def unpack_codes(packed: Tensor, columns: int, group: int) -> Tensor:
     """The inverse: int8 (R, C)."""
-    planes = (packed.unflatten(2, (-1, 1, LANES)) >> _shifts(packed.device)) & 3
-    size = group_size(columns, group)
-    return (planes.flatten(2)[..., :size].flatten(1)[:, :columns] ^ 2).to(torch.int8) - 2
+    planes = (packed.unflatten(1, (-1, 1, LANES)) >> _shifts(packed.device)) & 3
+    size, wide = group_size(columns, group), group_blocks(columns, group) * BLOCK
+    rows = planes.flatten(1)
+    groups = F.pad(rows, (0, -rows.shape[1] % wide)).unflatten(1, (-1, wide))
+    return (groups[..., :size].flatten(1)[:, :columns] ^ 2).to(torch.int8) - 2
 
 
 def to_trits(weight: Tensor, group: int) -> Trits | None:
@@ -175,7 +194,7 @@ def weights_of(codes: Tensor, scales: Tensor, columns: int, group: int) -> Tenso
 
 
 def matvec_reference(codes: Tensor, scales: Tensor, x: Tensor, group: int) -> Tensor:
-    """x (T, C) times the matrix of packed codes (R, G, P / 4) and scales (R, G): (T, R) in the dtype of x."""
+    """x (T, C) times the matrix of packed codes (R, W / 4) and scales (R, G): (T, R) in the dtype of x."""
     return F.linear(x, weights_of(codes, scales, x.shape[1], group).to(x.dtype))
 
 
@@ -229,14 +248,14 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _product(function: Callable[..., None], trits: Trits, x: Tensor) -> Tensor:
     """x (T, C) times the matrix, (T, R) in the dtype of x, by the compiled function."""
-    rows, groups, wide = trits.codes.shape
+    rows, wide = trits.codes.shape
     # Weights are cast to the dtype of x everywhere else, too.
     table = trits.table if x.dtype == torch.float32 else trits.table.to(x.dtype).float()
-    spread = in_groups(x.float(), trits.group).contiguous()
+    spread = in_blocks(x.float(), trits.group).contiguous()
     y = torch.empty(len(x), rows)
     threads = 1 if rows * trits.columns < SMALL else torch.get_num_threads()
     function(trits.codes.data_ptr(), trits.levels.data_ptr(), table.data_ptr(), spread.data_ptr(), y.data_ptr(), rows,
-             groups, wide // LANES, len(x), threads)
+             wide // LANES, group_blocks(trits.columns, trits.group), len(x), threads)
     return y.to(x.dtype)
 
 
