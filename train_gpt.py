@@ -233,9 +233,12 @@ class ModelSettings:
                                "MLP_MULT stays the width of all together; 0 is none", low=0, high=256)
     moe_topk: int = setting(1, "experts that a token chooses", low=1, high=64)
     moe_shared: int = setting(1, "parts of that width, as wide as an expert, that every token takes", low=0, high=64)
+    knot_bits: int = setting(256, "binary code beside the output of a span knot, K", unit="bits", low=8, high=4096)
     retrieval_bits: int = setting(0, "binary code of a final state, by which earlier ones of the document are found, "
                                   "and what followed those is added; 0 is off", unit="bits", low=0, high=4096)
     retrieval_top: int = setting(4, "how many are taken", unit="tokens", low=2, high=256)
+    grammar_bias: bool = setting(False, "a learned bias of the logits by what the text has left open: brackets, "
+                                 "quotes, fences, lists")
     inplace_layers: str = setting("", "blocks whose second feed-forward matrix learns from the text as it is read, for "
                                   "example 3,7: in-place test-time training")
     inplace_lr: float = setting(0.3, "how much a token writes into it", low=1e-6, high=100.0)
@@ -748,11 +751,13 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         for block in parse_stack(c.model.stack)[0]),
      "VALUE_RESIDUAL={model.value_residual}, VE_LAYERS={model.ve_layers}: all blocks must be attention with the same "
      "heads, STACK={model.stack} has others"),
-    (lambda c: not letters_of(c.model.stack).isdisjoint("DG") or not (c.model.efla or c.model.allow_neg_eigval),
-     "EFLA={model.efla}, ALLOW_NEG_EIGVAL={model.allow_neg_eigval}: STACK={model.stack} has no delta rule, D or G"),
+    (lambda c: not letters_of(c.model.stack).isdisjoint("DGK") or not (c.model.efla or c.model.allow_neg_eigval),
+     "EFLA={model.efla}, ALLOW_NEG_EIGVAL={model.allow_neg_eigval}: STACK={model.stack} has no delta rule, D, G or K"),
     (lambda c: "T" in letters_of(c.model.stack) or c.model.titans_depth == 1 and not c.model.titans_context,
      "TITANS_DEPTH={model.titans_depth}, TITANS_CONTEXT={model.titans_context}: STACK={model.stack} has no Titans "
      "memory, T"),
+    (lambda c: "K" in letters_of(c.model.stack) or c.model.knot_bits == SETTINGS["KNOT_BITS"][1].default,
+     "KNOT_BITS={model.knot_bits}: STACK={model.stack} has no span knot, K"),
     (lambda c: letters_of(c.model.stack) - {"A"} or all(
         getattr(c.model, name) == SETTINGS[name.upper()][1].default
         for name in ("expand_k", "expand_v", "conv_size", "mixer_gate", "mixer_chunk")),
@@ -937,12 +942,12 @@ class Block(NamedTuple):
 
 # What {key=value} behind a letter changes: the model's setting, and the letters that have it.
 OVERRIDES: dict[str, tuple[str, str]] = {
-    "mlp": ("mlp_mult", "ADGXT"), "moe": ("moe_experts", "ADGXT"), "heads": ("num_heads", "ADGXT"),
-    "kv": ("num_kv_heads", "A"), "xsa": ("xsa_last_n", "A"), "key": ("expand_k", "DGXT"), "value": ("expand_v", "DGXT"),
-    "conv": ("conv_size", "DGXT"), "gate": ("mixer_gate", "DGXT")}
+    "mlp": ("mlp_mult", "ADGXTK"), "moe": ("moe_experts", "ADGXTK"), "heads": ("num_heads", "ADGXTK"),
+    "kv": ("num_kv_heads", "A"), "xsa": ("xsa_last_n", "A"), "key": ("expand_k", "DGXTK"),
+    "value": ("expand_v", "DGXTK"), "conv": ("conv_size", "DGXTK"), "gate": ("mixer_gate", "DGXTK")}
 # Letter -> the operation of KERNELS that mixes positions. A attention, D delta rule, G gated delta rule, X mLSTM,
-# T Titans memory (of depth 1; "deep" stands for 2).
-MIXER_KERNELS = {"A": "attention", "D": "delta", "G": "delta", "X": "mlstm", "T": "titans"}
+# T Titans memory (of depth 1; "deep" stands for 2), K span knot on a gated delta rule.
+MIXER_KERNELS = {"A": "attention", "D": "delta", "G": "delta", "X": "mlstm", "T": "titans", "K": "delta"}
 MAX_BLOCKS, MAX_VISITS, MAX_PHASES = 512, 4096, 8
 _STACK_TOKEN = re.compile(r"\s*(?:(?P<letter>[A-Za-z])(?:\{(?P<over>[^}]*)\})?(?P<count>\d*)"
                           r"|(?P<open>[\[(])|(?P<close>[\])])(?P<tail>[0-9.*@~]*))")
@@ -1258,8 +1263,8 @@ PRESETS: dict[str, Preset] = {
     "chimera": Preset(
         "the hybrid stack at 16 MB: gated delta rules, an mLSTM and attention, the middle looped with a state that "
         "fades, passes drawn for each row, ternary weights, norms before every matrix; mended: mixers are what they "
-        "are called and strictly causal, the state's decay is below 1 by construction; experts, in-place learning "
-        "and retrieval are settings, off; spans are not built",
+        "are called and strictly causal, the state's decay is below 1 by construction; experts, in-place learning, "
+        "retrieval and what is open are settings, off, and so is its span knot, K",
         "Chimera 5.1: a plan and placeholder code, no score was published; shape after its honest reduction",
         {"DATA_PATH": "./data/datasets/fineweb10B_sp8192", "VOCAB_SIZE": 8192, "STACK": "G A (G2 X A)*1..4~2 G A",
          "MODEL_DIM": 768, "MLP_MULT": 4.0, "EXPAND_K": 2 / 3, "EXPAND_V": 4 / 3, "EXTRA_NORMS": True,
@@ -1779,6 +1784,33 @@ def make_byte_counter(tokenizer: Any, rule: str) -> Callable[[np.ndarray, np.nda
     return lambda previous, target: counts[target] + leads[target] * ~boundary[previous]
 
 
+BRACKETS = ("()", "[]", "{}", "\u201c\u201d")
+# What a token does to what is open: for each kind of BRACKETS by how many it changes and how many it leaves open at
+# least; the straight quotes behind its last line break; the fences; whether it has a line break, ends with one, and
+# begins a list with what stands behind its last one.
+GRAMMAR_FACTS = 2 * len(BRACKETS) + 5
+
+
+def grammar_facts(tokenizer: Any) -> np.ndarray:
+    """What every token does, int64 (V, F). Source of the features: Chimera's grammar and debt ledger, which added one
+    number to all logits."""
+    facts = np.zeros((tokenizer.vocab_size(), GRAMMAR_FACTS), np.int64)
+    for token in range(len(facts)):
+        piece = tokenizer.id_to_piece(token).replace("\u2581", " ")
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+            continue
+        text = chr(int(piece[1:-1], 16)) if tokenizer.is_byte(token) else piece
+        for kind, (opens, closes) in enumerate(BRACKETS):
+            for sign in text:
+                change = (sign == opens) - (sign == closes)
+                facts[token, kind] += change
+                facts[token, len(BRACKETS) + kind] = max(0, facts[token, len(BRACKETS) + kind] + change)
+        tail = text.rpartition("\n")[2]
+        facts[token, 2 * len(BRACKETS):] = (tail.count('"'), text.count("```"), "\n" in text, text.endswith("\n"),
+                                            bool(re.match(r"\s*([-*\u2022]|\d+[.)])", tail)))
+    return facts
+
+
 class Validation(NamedTuple):
     """The validation split in memory: tokens (n,) int64, bytes of each token as a target (n,) int64, documents."""
     tokens: np.ndarray
@@ -1794,6 +1826,7 @@ class Data(NamedTuple):
     manifest: dict[str, Any]
     manifest_sha256: str
     tokenizer_sha256: str
+    tokenizer: Any
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -1924,7 +1957,7 @@ def load_data(settings: DataSettings, world: World) -> Data:
     counts = _count_validation_bytes(manifest, folder, tokenizer, tokens)
     train = TokenStream([read_shard(folder / entry["file"]) for entry in manifest["train"]["shards"]])
     val = Validation(tokens, counts, int((tokens == BOS).sum()), bool(manifest["tokenizer"]["lossless"]))
-    return Data(train, val, manifest, manifest_sha256, tokenizer_sha256)
+    return Data(train, val, manifest, manifest_sha256, tokenizer_sha256, tokenizer)
 
 
 def document_index(tokens: Tensor) -> Tensor:
@@ -3861,14 +3894,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Sites(NamedTuple):
     """The site names of one visit. `attn` and `mlp` are paths beside the whole part, from its input to its output;
-    `gate` is a recurrent mixer's output gate, `gates` are the raw ones that rule its state, `route` the scores by which
-    experts are chosen."""
+    `gate` is a recurrent mixer's output gate, `gates` are the raw ones that rule its state, `code`, `field` and `knot`
+    the matrices of a span knot, `route` the scores by which experts are chosen."""
     q: str
     k: str
     v: str
     gates: str
     gate: str
     o: str
+    code: str
+    field: str
+    knot: str
     attn: str
     up: str
     down: str
@@ -4404,7 +4440,7 @@ class Recurrent(nn.Module):
     def forward(self, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> tuple[Tensor, None]:
         """n (B, T, D), normalised -> what it adds (B, T, D), and None: it has no values for others."""
         parts = [self.read(part, n, context, sites, deltas) for part in "qkv"]
-        return self.finish(self.recalled(n, parts, context, sites, deltas), n, sites, deltas), None
+        return self.finish(self.recalled(n, parts, context, sites, deltas), n, context, sites, deltas), None
 
     def tell(self, raw: Tensor) -> dict[str, float]:
         """Means of its gates, for the log, from raw ones (B, T, GATES * H)."""
@@ -4421,12 +4457,18 @@ class Recurrent(nn.Module):
         """Raw gates (B, T, GATES * H) as one (B, T, H) each."""
         return list(raw.unflatten(-1, (self.GATES, -1)).unbind(-2))
 
-    def finish(self, y: Tensor, n: Tensor, sites: Sites, deltas: Deltas | None) -> Tensor:
+    def finish(self, y: Tensor, n: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> Tensor:
         """What y (B, T, H, V) adds to the stream, (B, T, D)."""
         y = (rms_norm(y, self.settings.norm_eps) * self.out_gain.to(y.dtype)).to(n.dtype).flatten(2)
         if self.gate is not None:
             y = y * F.silu(self.gate(n, sites.gate, deltas))
-        return add_delta(self.o(y, sites.o, deltas), n, sites.attn, deltas)
+        out = self.o(y, sites.o, deltas)
+        beside = self.beside(y, context, sites, deltas)
+        return add_delta(out if beside is None else out + beside, n, sites.attn, deltas)
+
+    def beside(self, y: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> Tensor | None:
+        """What stands beside the matrix o: (B, T, D) from its input y (B, T, H * V); None is nothing."""
+        return None
 
 
 class DeltaNet(Recurrent):
@@ -4478,6 +4520,53 @@ class GatedDeltaNet(DeltaNet):
 
     def decay(self, raw: list[Tensor]) -> Tensor:
         return -self.a_log.exp().to(raw[1].dtype) * F.softplus(raw[1] + self.dt_bias.to(raw[1].dtype))
+
+
+KNOT_NEAR = 64  # earlier codes of the document whose majority a code should agree with
+KNOT_FLIPS = 0.02  # share of the bits that one relaxation may turn
+KNOT_MEMORY, KNOT_BINDING = 0.3, 0.2
+
+
+def knot_fields(codes: Tensor, docs: Tensor | None) -> Tensor:
+    """What the codes (B, L, K) of -1 and 1 before a position want its bits to be: KNOT_MEMORY times the majority of the
+    last KNOT_NEAR ones of the document (0 where they are even), and KNOT_BINDING times the last one turned by a bit;
+    zeros at the beginning of a document. docs (B, L) or None. (B, L, K)."""
+    length = codes.shape[1]
+    place = torch.arange(length, device=codes.device)[None] if docs is None else place_in_document(docs)
+    sums = F.pad(codes.cumsum(1), (0, 0, 1, 0))  # of the first t codes
+    first = torch.arange(length, device=codes.device) - place.clamp_max(KNOT_NEAR)
+    near = sums[:, :-1] - sums.gather(1, first.expand(len(codes), -1)[..., None].expand_as(codes))
+    last = F.pad(codes[:, :-1], (0, 0, 1, 0)).roll(1, -1) * (place > 0)[..., None]
+    return KNOT_MEMORY * near.sign() + KNOT_BINDING * last
+
+
+class SpanKnot(GatedDeltaNet):
+    """A gated delta rule with a binary code beside its output: b = sign(W_s y), relaxed once and brought in by a matrix
+    that begins at zero. The code's energy is the sum over bits of -b W_e y and of its disagreements with knot_fields;
+    a bit's part hangs on no other bit, so the relaxation turns those KNOT_FLIPS of the bits whose turn lowers it most,
+    and none that would raise it. Gradients go through tanh(W_s y + W_e y). Chimera's configuration names this layer and
+    its weights and defines neither bits nor turns: this is its causal form, without the energies of a grammar and of
+    obligations."""
+
+    def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
+        super().__init__(settings, plan, kernels)
+        width, bits = plan.heads * plan.value, settings.knot_bits
+        self.code = Linear(width, bits, settings.matrix_init)
+        self.field = Linear(width, bits, settings.matrix_init)
+        self.knot = Linear(bits, settings.model_dim, 0.0)
+
+    def beside(self, y: Tensor, context: Context, sites: Sites, deltas: Deltas | None) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        own, field = self.code(y, sites.code, deltas).to(wide), self.field(y, sites.field, deltas).to(wide)
+        codes = torch.where(own.detach() < 0, -1.0, 1.0).to(wide)
+        whole = codes if context.memory is None else context.memory.extend((context.visit, "knot"), codes, KNOT_NEAR)
+        before = knot_fields(whole, context.docs)[:, whole.shape[1] - y.shape[1]:]
+        # Half of what the energy falls by when a bit turns.
+        falls = -codes * (field.detach() + before / 2)
+        most, at = falls.topk(max(1, round(KNOT_FLIPS * codes.shape[-1])), -1)
+        codes = codes * torch.ones_like(codes).scatter(-1, at, torch.where(most > 0, -1.0, 1.0).to(wide))
+        soft = (own + field).tanh()
+        return self.knot((soft + (codes - soft).detach()).to(y.dtype), sites.knot, deltas)
 
 
 GATE_CAP = 15.0
@@ -4563,10 +4652,11 @@ class Titans(Recurrent):
             keys, values = [rms_norm(slots[:, 0], self.settings.norm_eps), *keys], [slots[:, 1], *values]
             seen = F.pad(seen, (slots.shape[2], 0), value=True)
         y = self.attend(q * self.q_gain.to(n.dtype)[:, None], torch.cat(keys, 1), torch.cat(values, 1), seen)
-        return self.finish(y, n, sites, deltas), None
+        return self.finish(y, n, context, sites, deltas), None
 
 
-MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "D": DeltaNet, "G": GatedDeltaNet, "X": MLSTM, "T": Titans}
+MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "D": DeltaNet, "G": GatedDeltaNet, "X": MLSTM, "T": Titans,
+                                      "K": SpanKnot}
 
 
 class Smear(nn.Module):
@@ -4612,8 +4702,78 @@ class Retrieval(nn.Module):
         return hidden + self.strength.to(hidden.dtype) * found
 
 
+RESET = 1 << 20  # more than can be open
+LONG_OPEN = 32  # tokens
+GRAMMAR_FEATURES = 2 * len(BRACKETS) + 8
+
+
+def since(x: Tensor, begins: Tensor, start: Tensor) -> Tensor:
+    """The sum of x (B, T) from the last position on at which `begins` (B, T) is set, its own included; where there is
+    none yet, of all, and `start` (B,)."""
+    sums, place = x.cumsum(1), torch.arange(x.shape[1], device=x.device)
+    last = torch.where(begins, place, -1).cummax(1).values
+    before = (sums - x).gather(1, last.clamp_min(0))
+    return sums - torch.where(last < 0, -start[:, None], before)
+
+
+def grammar_features(facts: Tensor, begins: Tensor, state: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """What is open behind each token, from GRAMMAR_FACTS of the tokens (B, T, F) int64, the first tokens of documents
+    (B, T) and the state before (B, S), `first` tokens on: whether there are brackets of each kind, whether of those it
+    was opened last; two round ones, three of all; a straight quote in this line; a fence; the line's beginning; a list;
+    brackets over 8; and whether the last one was opened LONG_OPEN tokens ago. fp32 (B, T, GRAMMAR_FEATURES), and the
+    state: brackets, where each kind was opened last, quote, fence, line's beginning, list.
+
+    A token maps a count x to max(x + change, least). Maps of that form follow each other by sums and maxima, so all
+    positions are found at once; a document begins with a map that leaves nothing."""
+    kinds = len(BRACKETS)
+    change, least = facts[..., :kinds], facts[..., kinds:2 * kinds]
+    quotes, fences, breaks, ends, items = facts[..., 2 * kinds:].unbind(-1)
+    counts, opened, (quote, fence, line, item) = state[:, None, :kinds], state[:, None, kinds:2 * kinds], (
+        state[:, 2 * kinds:].T)
+    sums = (change - RESET * begins[..., None]).cumsum(1)
+    counts = sums + torch.maximum((least - sums).cummax(1).values, counts)
+    place = first + torch.arange(facts.shape[1], device=facts.device)
+    opened = torch.maximum(torch.where(least > 0, place[:, None], -1).cummax(1).values, opened)
+    anew = begins | (breaks > 0)
+    line_begins = begins | (ends > 0)
+    after = torch.cat([line[:, None] > 0, line_begins[:, :-1]], 1)
+    quote = since(quotes, anew, quote) % 2
+    fence = since(fences, begins, fence) % 2
+    item = since(items * (after | anew), after | anew, item)
+    live = torch.where(counts > 0, opened, -1)
+    newest = live.amax(-1, keepdim=True)
+    features = torch.cat([counts > 0, (live == newest) & (live >= 0), torch.stack([
+        counts[..., 0] > 1, counts.sum(-1) > 2, quote > 0, fence > 0, line_begins, item > 0, counts.sum(-1) / 8,
+        (newest[..., 0] >= 0) & (place - newest[..., 0] >= LONG_OPEN)], -1)], -1).float()
+    end = torch.cat([counts[:, -1], opened[:, -1], torch.stack([quote, fence, line_begins, item], -1)[:, -1]], -1)
+    return features, end
+
+
+class Grammar(nn.Module):
+    """Adds to a final state a vector for each of grammar_features, zero at the start: through the embedding a bias of
+    the logits by what the text has left open. Its table of tokens is the tokenizer's and stands in the artifact's
+    header."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        self.bias = make_parameter((settings.model_dim, GRAMMAR_FEATURES), "gate", 0.0)
+        self.register_buffer("facts", torch.zeros(vocab_size, GRAMMAR_FACTS, dtype=torch.int8), persistent=False)
+
+    def forward(self, hidden: Tensor, tokens: Tensor, context: Context) -> Tensor:
+        """Final states (B, T, D) of tokens (B, T) -> (B, T, D)."""
+        memory, docs, key = context.memory, context.docs, (-1, "grammar")
+        begins = torch.zeros_like(tokens, dtype=torch.bool) if docs is None else place_in_document(docs) == 0
+        state = tokens.new_zeros(len(tokens), 2 * len(BRACKETS) + 4)
+        state = state if memory is None else memory.held.get(key, state)
+        first = 0 if memory is None else memory.length
+        features, state = grammar_features(self.facts[tokens].long(), begins, state, first)
+        if memory is not None:
+            memory.held[key] = state
+        return hidden + F.linear(features.to(hidden.dtype), self.bias.to(hidden.dtype))
+
+
 # What is added to the final states.
-ENDINGS: dict[str, type[nn.Module]] = {"retrieval": Retrieval}
+ENDINGS: dict[str, type[nn.Module]] = {"retrieval": Retrieval, "grammar": Grammar}
 
 
 def token_parts(settings: ModelSettings) -> list[str]:
@@ -4949,6 +5109,7 @@ class GPT(nn.Module):
             "positions", "bigram", "smear", "blend", "values"))
         self.blocks = nn.ModuleList(BlockModule(settings, block, kernels) for block in plan_blocks(settings))
         self.retrieval = ENDINGS["retrieval"](settings, kernels.others["recalled"]) if settings.retrieval_bits else None
+        self.grammar = ENDINGS["grammar"](settings, vocab_size) if settings.grammar_bias else None
         pairs = dict.fromkeys(pair for phase in self.phases for pair in phase.skips())
         self.skips = nn.ModuleDict({f"{a}_{b}": Skip(settings.model_dim, settings.skip_gates_enabled)
                                     for a, b in pairs})
@@ -5032,7 +5193,8 @@ def make_forward(model: GPT, phase: "int | Phase", leave: float = 0.0, again: bo
     scales, tapped = settings.crawler_loop_rope_scales, bool(settings.crawler_tap_dim)
     letters = letters_of(settings.stack)
     attends, drawn = "A" in letters, random_depth(settings.stack)
-    recurrent = bool(letters - {"A"} or settings.inplace_layers or settings.retrieval_bits)
+    recurrent = bool(letters - {"A"} or settings.inplace_layers or settings.retrieval_bits or
+                     settings.grammar_bias)
     for step in steps:
         sites = Sites(*(f"v{step.visit}.{part}" for part in Sites._fields))
         skip = None if step.source is None else model.skips[f"{steps[step.source].block}_{step.block}"]
@@ -5085,6 +5247,8 @@ def make_forward(model: GPT, phase: "int | Phase", leave: float = 0.0, again: bo
         x = rms_norm(x if lane is None else merge(x, lane), settings.norm_eps)
         if model.retrieval is not None:
             x = model.retrieval(x, x0, context, deltas)
+        if model.grammar is not None:
+            x = model.grammar(x, tokens, context)
         if memory is not None:
             model.remember(tokens, memory)
         return x
@@ -5231,6 +5395,8 @@ def mixer_flops(settings: ModelSettings, block: BlockPlan, length: int) -> float
     matrices = 2 * width * heads * (2 * key + (2 + block.gated) * value)
     # Within a chunk: two products of keys, the solve, one sum; with the state: read twice, written once.
     total = matrices + 2 * heads * (size * (2.5 * key + 1.5 * value) + 3 * key * value)
+    if block.letter == "K":
+        total += 2 * settings.knot_bits * (2 * heads * value + width)
     if block.letter == "T" and settings.titans_depth == 2:
         total += 2 * heads * 2 * key * (4 * (key + value) + 2 * size)
     if block.letter == "T" and settings.titans_context:
@@ -5244,6 +5410,7 @@ def path_flops(settings: ModelSettings, block: BlockPlan) -> float:
     width, heads = settings.model_dim, block.heads
     ends = (width * (6 + 2 * block.kv_heads / heads) if block.letter == "A" else
             2 * (width + heads * block.key) + (2 + block.gated) * (width + heads * block.value))
+    ends += 3 * settings.knot_bits + 2 * heads * block.value + width if block.letter == "K" else 0
     return 2 * settings.hgf_rank * (ends + 2 * (width + active_width(settings, block)) * bool(block.hidden))
 
 
@@ -5253,6 +5420,7 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
     total = 2 * vocab_size * (settings.embed_dim or width) + 4 * width * settings.embed_dim
     total += 2 * width * settings.bigram_dim * bool(settings.bigram_vocab_size)
     total += 2 * settings.retrieval_bits * (width + length / 2)
+    total += 2 * GRAMMAR_FEATURES * width * settings.grammar_bias
     total += 2 * settings.ve_dim * width * settings.num_kv_heads / settings.num_heads * any(b.embedded for b in blocks)
     for step in phase.steps:
         block = blocks[step.block]
@@ -7736,9 +7904,25 @@ def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ConfigError(f"RUN_ID={path.parent.name}: {path}: {error}") from None
 
 
-def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
-    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer."""
-    return {"model": dataclasses.asdict(settings), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
+def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str, grammar: np.ndarray | None = None
+                   ) -> dict[str, Any]:
+    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer. The table
+    of grammar_facts stands there as token, column and value of what is not zero."""
+    table = {} if grammar is None else {
+        "grammar": np.column_stack([*grammar.nonzero(), grammar[grammar != 0]]).tolist()}
+    return {"model": dataclasses.asdict(settings), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256,
+            **table}
+
+
+def read_grammar(table: Any, vocab_size: int) -> np.ndarray:
+    """The inverse of what artifact_facts writes, (V, F); ValueError where it is damaged."""
+    rows, shape = np.array(table or np.zeros((0, 3)), np.int64), (vocab_size, GRAMMAR_FACTS)
+    if rows.ndim != 2 or rows.shape[1] != 3 or (rows[:, :2] < 0).any() or (rows[:, :2] >= shape).any() or (
+            abs(rows[:, 2]) > 127).any():
+        raise ValueError("its table of brackets and quotes is damaged")
+    facts = np.zeros(shape, np.int64)
+    facts[rows[:, 0], rows[:, 1]] = rows[:, 2]
+    return facts
 
 
 def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernels: Picked, dtype: torch.dtype,
@@ -7750,6 +7934,7 @@ def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernel
         settings = ModelSettings(**{name: parse_value(name.upper(), value) for name, value in facts["model"].items()})
         vocab_size = parse_value("VOCAB_SIZE", facts["vocab_size"])
         check_heads(settings)
+        grammar = read_grammar(facts["grammar"], vocab_size) if settings.grammar_bias else None
         with torch.device("meta"):
             load_weights(GPT(settings, vocab_size, kernels, dtype), weights, what, check_only=True)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -7758,6 +7943,8 @@ def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernel
         raise ConfigError(f"{what}: the header describes no model ({str(error).splitlines()[0]})") from None
     model = GPT(settings, vocab_size, kernels, dtype)
     load_weights(model, weights, what)
+    if grammar is not None:
+        model.grammar.facts.copy_(torch.from_numpy(grammar))
     return model
 
 
@@ -9347,7 +9534,7 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "REFINEMENTS": set(squeeze_steps(config.artifact)) & set(REFINEMENTS),
             "CORRECTIONS": set(squeeze_steps(config.artifact)) & set(CORRECTIONS),
             "MIXERS": letters, "KERNELS": set(kernels_of(config.model)),
-            "STARTS": {*(["decay", "pace"] if "G" in letters else []), *(["forget"] if "X" in letters else []),
+            "STARTS": {*(["decay", "pace"] if letters & {"G", "K"} else []), *(["forget"] if "X" in letters else []),
                        *(["position"] if config.model.loop_instructions == "position" else [])},
             "TOKEN_PARTS": set(token_parts(config.model)), "BETWEEN": set(between(config.model)),
             "HOLDS": {config.model.loop_state} - {"none"},
@@ -9356,7 +9543,8 @@ def used_rows(config: Config) -> dict[str, set[str]]:
             "MUON_BACKENDS": {config.optim.muon_backend}, "ACTIVATIONS": {config.model.mlp_act},
             "UPDATES": {config.optim.matrix_optimizer, config.optim.other_optimizer,
                         *(["sign"] if has_experts(config.model) else [])},
-            "ENDINGS": {"retrieval"} if config.model.retrieval_bits else set(),
+            "ENDINGS": {*(["retrieval"] if config.model.retrieval_bits else []),
+                        *(["grammar"] if config.model.grammar_bias else [])},
             "FEEDS": {"experts"} & set(kernels_of(config.model)) | {"whole"},
             "LEARNERS": {"written"} & set(kernels_of(config.model)),
             "STEERINGS": {steering_of(config.optim)} - {""},
@@ -9525,6 +9713,8 @@ class Run:
         """The configured network on the device, its parameters not yet filled."""
         model = GPT(self.config.model, self.config.data.vocab_size, self.kernels, self.dtype)
         check_roles(model)
+        if model.grammar is not None:
+            model.grammar.facts.copy_(torch.from_numpy(grammar_facts(self.data().tokenizer)))
         return model.to(self.world.device)
 
     def score(self, kind: str, model: GPT, phase: int = -1) -> Score:
@@ -9761,7 +9951,8 @@ class Squeeze:
         for name in squeeze_steps(self.settings):
             if name in REFINEMENTS:
                 self.routes = REFINEMENTS[name](weights, self.routes, self.calibration, self.sites, self.settings)
-        self.facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256)
+        grammar = grammar_facts(run.data().tokenizer) if run.config.model.grammar_bias else None
+        self.facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256, grammar)
         self.codecs, _ = pick_codecs(self.settings.codec)
         self.built: dict[int, Built] = {}
 

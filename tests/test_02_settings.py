@@ -71,7 +71,7 @@ BROKEN_RULES = [
     ["MICRO_BATCH_TOKENS=128", "TRAIN_SEQ_LEN=96", "TRAIN_SEQ_SCHEDULE=64@0.5,96@1"], ["VE_LAYERS=4"],
     ["XSA_LAST_N=5"], ["POST_NORM=1", "PARALLEL_START_LAYER=2"], ["WD_TAPER_FINAL_MULT=0.5"], ["GATE_WINDOW=33"],
     ["TRIGRAM=1"], ["BIGRAM_VOCAB_SIZE=1"], ["ASYM_LOGIT_RESCALE=1", "LOGIT_SOFTCAP=0"],
-    ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"], ["EFLA=1"], ["TITANS_DEPTH=2"], ["CONV_SIZE=2"],
+    ["VALUE_RESIDUAL=1", "STACK=A A{kv=2}"], ["EFLA=1"], ["TITANS_DEPTH=2"], ["KNOT_BITS=64"], ["CONV_SIZE=2"],
     ["STACK=D", "ATTN_GATE=dense"], ["STACK=(A)*2", "CRAWLER_LOOP_ROPE_SCALES=3,2,1"], ["QAT_KIND=noise"],
     ["PERSISTENT_SLOTS=2"], ["TITANS_CONTEXT=1", "STACK=T{value=2}"], ["EFLA=1", "ALLOW_NEG_EIGVAL=1", "STACK=D"],
     ["LOOP_INSTRUCTIONS=flow"], ["LOOP_STATE=exact"], ["STACK=A (A)*1..3~2"],
@@ -160,7 +160,7 @@ def test_stack_order(stack, order):
     "(A)*1..4~5", "(A)*1..4", "(A)*4..1~2", "(A)*1..4~2@0.5", "[A]99999",
     "A99999999999", "A3 A0",
     "(A3)*3@0.35.5", "(A)*2@.", "A{heads=0}", "A{kv=0}", "A{heads=2.5}", "D{conv=1.5}", "D{conv=900}", "A{key=2}",
-    "D{kv=3}", "G{xsa=1}", "D{gate=2}", "K",
+    "D{kv=3}", "G{xsa=1}", "D{gate=2}", "B",
     "(A)*2@0.1*3@0.2*4@0.3*5@0.4*6@0.5*7@0.6*8@0.7*9@0.8*10@0.9"])
 def test_bad_stack_is_a_clear_fault(stack):
     with pytest.raises(ConfigError, match="STACK="):

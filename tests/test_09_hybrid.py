@@ -2,7 +2,10 @@
 texts read in pieces."""
 
 import dataclasses
+import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +20,18 @@ from train_gpt import (
     KERNELS,
     LOAD_SHARE,
     ConfigError,
+    Context,
     Depths,
     Memory,
     Optimizer,
+    Sites,
     Taught,
     document_index,
     expert_width,
     forward_flops,
+    grammar_facts,
+    grammar_features,
+    knot_fields,
     load_config,
     main,
     make_forward,
@@ -40,6 +48,7 @@ from train_gpt import (
 
 MOE = {"PRESET": "baseline", "STACK": "A{moe=4} A", "MLP_MULT": 4, "MOE_TOPK": 2}
 INPLACE = {"PRESET": "baseline", "STACK": "A2", "INPLACE_LAYERS": "1", "INPLACE_CHUNK": 4}
+KNOT = {"PRESET": "baseline", "STACK": "K A"}
 HYBRID = {"PRESET": "chimera", "STACK": "G{moe=4} (X A)*1..4~2 A", "INPLACE_LAYERS": "3", "INPLACE_CHUNK": 4}
 
 
@@ -306,7 +315,7 @@ def test_values_look_ahead_within_their_chunk_and_document_only():
 
 
 @pytest.mark.parametrize("words", [HYBRID, MOE, {**INPLACE, "STACK": "A G"}, {"PRESET": "baseline",
-                                                                              "RETRIEVAL_BITS": 32}])
+                                                                              "RETRIEVAL_BITS": 32}, KNOT])
 def test_hybrids_are_causal_and_documents_apart(words):
     """A token changes nothing before it, though values of its chunk look ahead; a document nothing in the next."""
     model = make_model(small_config(**words), 3, shake=0.2)
@@ -371,6 +380,184 @@ def test_retrieval_begins_as_nothing_and_learns(mini, tmp_path):
                             AUDIT_TOKENS=200), {}) == 0
     weights = train_gpt.load_checkpoint(tmp_path / "r" / "checkpoint.pt").weights
     assert weights["retrieval.strength"].abs().max() > 1e-3
+
+
+# -- span knot
+
+
+def test_bits_are_asked_for_by_the_codes_before_them():
+    """Against a loop over positions."""
+    codes = torch.where(torch.rand(2, 150, 24, generator=torch.Generator().manual_seed(5)) < 0.5, -1.0, 1.0)
+    docs = torch.zeros(2, 150, dtype=torch.long)
+    docs[0, 90:], docs[1, 3:] = 1, 1
+    for where in (docs, None):
+        found = knot_fields(codes, where)
+        for row in range(2):
+            for t in range(150):
+                past = [j for j in range(t) if where is None or docs[row, j] == docs[row, t]]
+                near = codes[row, past[-64:]].sum(0).sign() if past else torch.zeros(24)
+                last = codes[row, past[-1]].roll(1) if past else torch.zeros(24)
+                assert torch.allclose(found[row, t], 0.3 * near + 0.2 * last)
+
+
+def test_a_relaxation_lowers_the_energy_by_its_few_turns():
+    """The code is that of the signs but for two bits in a hundred at most, and its energy, summed by its definition,
+    is below theirs and below that of any other so few turns."""
+    settings = small_config(**KNOT, KNOT_BITS=100).model
+    knot = make_model(small_config(**KNOT, KNOT_BITS=100), 2, shake=0.5).blocks[0].mixer
+    seen = {}
+    knot.knot.register_forward_pre_hook(lambda module, inputs: seen.update(code=inputs[0]))
+    y = torch.randn(2, 40, knot.code.weight.shape[1], generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        knot.beside(y, Context(None, None, None, None), Sites(*Sites._fields), None)
+        signs = torch.where(F.linear(y, knot.code.weight) < 0, -1.0, 1.0)
+        pull, fields = F.linear(y, knot.field.weight), knot_fields(signs, None)
+    code = seen["code"]
+
+    def energy(bits):
+        # A bit that is not as a field wants it costs the field's strength.
+        return (-bits * pull + 0.5 * (fields.abs() - bits * fields)).sum(-1)
+
+    turned = (code - signs).abs() > 1
+    assert settings.knot_bits == 100 and turned.sum(-1).max() == 2 and ((code.abs() - 1).abs() < 1e-6).all()
+    assert (energy(code) <= energy(signs) + 1e-4).all() and (energy(code) < energy(signs) - 0.1).any()
+    best = torch.stack([energy(signs * torch.ones(100).index_fill(0, torch.tensor(pair), -1.0))
+                        for pair in itertools.combinations(range(100), 2)]).amin(0)
+    assert (energy(code) <= best + 1e-4).all()
+
+
+def test_a_knot_begins_as_nothing_and_learns(mini, tmp_path):
+    plain, model = (make_model(small_config(PRESET="baseline", STACK=stack), 2) for stack in ("G A", "K A"))
+    tokens = tokens_of(2, 23)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            model.get_parameter(name).copy_(parameter)
+    assert torch.equal(make_forward(model, 0)(tokens, None), make_forward(plain, 0)(tokens, None))
+    model = make_model(small_config(**KNOT), 2, shake=0.2)
+    loss = make_loss(model, 0)(tokens, tokens.roll(-1, 1), None)
+    knot = model.blocks[0].mixer
+    grads = torch.autograd.grad(loss, [part.weight for part in (knot.code, knot.field, knot.knot)])
+    assert all(grad.abs().max() > 0 for grad in grads)
+    assert main(small_words(mini, tmp_path, **KNOT, RUN_ID="k", ITERATIONS=8, EVAL="contiguous,ttt", AUDIT=1,
+                            AUDIT_TOKENS=200), {}) == 0
+    weights = train_gpt.load_checkpoint(tmp_path / "k" / "checkpoint.pt").weights
+    assert weights["blocks.0.mixer.knot.weight"].abs().max() > 1e-3
+
+
+# -- what is open
+
+
+class Pieces:
+    """A tokenizer of given pieces, the first of which is BOS."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def vocab_size(self):
+        return len(self.pieces)
+
+    def id_to_piece(self, token):
+        return self.pieces[token]
+
+    def is_control(self, token):
+        return token == BOS
+
+    def is_unknown(self, token):
+        return False
+
+    is_unused = is_unknown
+
+    def is_byte(self, token):
+        return self.pieces[token].startswith("<0x")
+
+
+PIECES_OF_TEXT = ["<pad>", "<s>", "a", "\u2581(", ")", "[", "]", "{", "}", "\u201c", "\u201d", '"', "<0x0A>", "```",
+                  "-", "\u2581*", "1.", "))", '),"', "([", ")(", "b\n\n", "\nx", "```\n- ", "c", "d", "e", "f",
+                  "<0x28>", '\n"', "c", "d"]
+
+
+def features_by_hand(tokens):
+    """One document's features behind each token, read character by character."""
+    kinds, depth, opened = ("()", "[]", "{}", "\u201c\u201d"), [0] * 4, [-1] * 4
+    quote = fence = line = item = False
+    found = []
+    for t, token in enumerate(tokens):
+        piece = PIECES_OF_TEXT[token].replace("\u2581", " ")
+        text = "" if token == BOS else chr(int(piece[1:-1], 16)) if piece.startswith("<0x") else piece
+        begins = line or t == 0 or "\n" in text
+        for sign in text:
+            quote = False if sign == "\n" else quote ^ (sign == '"')
+            for kind, (opens, closes) in enumerate(kinds):
+                depth[kind] = max(0, depth[kind] + (sign == opens) - (sign == closes))
+        for kind, (opens, closes) in enumerate(kinds):
+            left = 0
+            for sign in text:
+                left = max(0, left + (sign == opens) - (sign == closes))
+            opened[kind] = t if left else opened[kind]
+        fence ^= text.count("```") % 2 == 1
+        if begins:
+            item = bool(re.match(r"\s*([-*]|1\.)", text.rpartition("\n")[2]))
+        line = t == 0 or text.endswith("\n")
+        newest = max([opened[kind] for kind in range(4) if depth[kind]], default=-1)
+        found.append([*(n > 0 for n in depth),
+                      *(depth[kind] > 0 and opened[kind] == newest for kind in range(4)),
+                      depth[0] > 1, sum(depth) > 2, quote, fence, line, item, sum(depth) / 8,
+                      newest >= 0 and t - newest >= 32])
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def told_grammar(model):
+    """The model, with the table of PIECES_OF_TEXT for its first tokens."""
+    table = torch.from_numpy(grammar_facts(Pieces(PIECES_OF_TEXT)))
+    model.grammar.facts[:len(table)].copy_(table)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_open_is_what_a_reader_finds(seed):
+    """Character by character, document by document, and read in pieces."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (70, 1, 40, 90)
+    documents = [torch.cat([torch.tensor([BOS]), torch.randint(2, 32, (n - 1,), generator=generator)]) for n in lengths]
+    documents[3][5:80] = 2
+    documents[3][4] = 3
+    table = torch.from_numpy(grammar_facts(Pieces(PIECES_OF_TEXT)))
+    tokens = torch.cat(documents)
+    begins, state = (tokens == BOS)[None], torch.zeros(1, 12, dtype=torch.long)
+    features, _ = grammar_features(table[tokens][None], begins, state, 0)
+    wanted = torch.cat([features_by_hand(document.tolist()) for document in documents])
+    assert torch.equal(features[0], wanted)
+    assert ((wanted > 0).any(0)).all() or seed  # every feature is seen
+    begin = 0
+    for size in (1, 3, 1, 60, 100, 36):
+        part = slice(begin, begin + size)
+        found, state = grammar_features(table[tokens[part]][None], begins[:, part], state, begin)
+        assert torch.equal(found[0], wanted[part])
+        begin += size
+
+
+def test_the_bias_begins_as_nothing_learns_and_stands_in_the_artifact(mini, tmp_path):
+    plain, model = (make_model(small_config(PRESET="baseline", GRAMMAR_BIAS=on), 2) for on in (0, 1))
+    tokens = tokens_of(2, 23)
+    assert torch.equal(make_forward(told_grammar(model), 0)(tokens, None), make_forward(plain, 0)(tokens, None))
+    words = small_words(mini, tmp_path, PRESET="baseline", GRAMMAR_BIAS=1, RUN_ID="g", ITERATIONS=8, AUDIT=1,
+                        EVAL="contiguous,ttt", AUDIT_TOKENS=200)
+    assert main(words, {}) == 0
+    facts, weights = train_gpt.load_artifact(tmp_path / "g" / "artifact.bin")
+    assert weights["grammar.bias"].abs().max() > 1e-4
+    table = train_gpt.read_grammar(facts["grammar"], facts["vocab_size"])
+    manifest = json.loads((Path(mini) / "manifest.json").read_text())
+    tokenizer = train_gpt.load_tokenizer(Path(mini) / manifest["tokenizer"]["path"], facts["vocab_size"])
+    assert (table == grammar_facts(tokenizer)).all() and table.any()
+    kernels, _ = train_gpt.pick_kernels("auto", torch.device("cpu"))
+    path = tmp_path / "g" / "artifact.bin"
+    again = train_gpt.make_model_from(facts, weights, kernels, torch.float32, path)
+    assert (again.grammar.facts.numpy() == table).all()
+    for damaged in ([[0, 99, 1]], [[-1, 0, 1]], [[1, 2]], [[0, 0, 300]], "x", None):
+        broken = {**facts, "grammar": damaged} if damaged is not None else {
+            key: value for key, value in facts.items() if key != "grammar"}
+        with pytest.raises(train_gpt.ConfigError, match="describes no model"):
+            train_gpt.make_model_from(broken, weights, kernels, torch.float32, path)
 
 
 # -- depth at evaluation
@@ -513,7 +700,8 @@ def test_a_run_computes_again_when_told_to(mini, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [{"PRESET": "clowncar"}, {"PRESET": "chimera"},
-                                   {**INPLACE, "STACK": "A{moe=3}2", "RETRIEVAL_BITS": 16}])
+                                   {**INPLACE, "STACK": "A{moe=3}2", "RETRIEVAL_BITS": 16},
+                                   {**KNOT, "GRAMMAR_BIAS": 1}])
 def test_one_graph_holds_a_model_at_any_length(words):
     """What a GPU compiles, traced on a CPU: evaluation's forward for all lengths, and the loss with its gradients."""
     model = make_model(small_config(**words), 2, shake=0.2)
@@ -540,6 +728,7 @@ PIECES = {
     "sixteen": {"PRESET": "sixteen", "BIGRAM_VOCAB_SIZE": 64, "TRIGRAM": 1}, "jamone": {"PRESET": "jamone"},
     "radial": {"PRESET": "radial"}, "clowncar": {"PRESET": "clowncar"}, "ternary": {"PRESET": "ternary"},
     "caseops": {"PRESET": "caseops"}, "mixers": {"PRESET": "baseline", "STACK": "D T G X"},
+    "span knot": {"PRESET": "baseline", "STACK": "K G"}, "grammar": {"PRESET": "baseline", "GRAMMAR_BIAS": 1},
     "values": {"PRESET": "baseline", "VALUE_RESIDUAL": 1, "VE_LAYERS": "1", "SMEAR_CHANNELS": 1},
     "retrieval": {"PRESET": "baseline", "RETRIEVAL_BITS": 32},
     "yarn": {"PRESET": "baseline", "YARN_FACTOR": 4, "XSA_LAST_N": 2, "ATTN_GATE": "dense"}}
@@ -548,7 +737,10 @@ PIECES = {
 @pytest.mark.parametrize("name", PIECES)
 def test_a_text_read_in_pieces_is_the_text(name):
     model = make_model(small_config(**PIECES[name]), 2, shake=0.2)
+    model = model if model.grammar is None else told_grammar(model)
     forward, tokens = make_forward(model, len(model.phases) - 1), tokens_of(2, 37)
+    if model.grammar is not None:
+        tokens[:, 1:] %= len(PIECES_OF_TEXT)
     memory, found, begin = Memory(), [], 0
     with torch.no_grad():
         whole = forward(tokens, None)
@@ -575,15 +767,15 @@ def test_places_begin_again_where_their_table_does():
 
 def test_recurrent_stacks_hold_the_same_however_long_the_text():
     sizes = {}
-    for stack in ("D T G X", "A G"):
+    for stack in ("D T G X K", "A G"):
         model = make_model(small_config(PRESET="baseline", STACK=stack), 2)
         forward, memory = make_forward(model, 0), Memory()
         sizes[stack] = []
         with torch.no_grad():
             for _ in range(3):
-                forward(tokens_of(1, 20, begins=False), None, memory=memory)
+                forward(tokens_of(1, 70, begins=False), None, memory=memory)
                 sizes[stack].append(memory.bytes())
-    assert len(set(sizes["D T G X"])) == 1
+    assert len(set(sizes["D T G X K"])) == 1
     assert sizes["A G"][2] - sizes["A G"][1] == sizes["A G"][1] - sizes["A G"][0] > 0
 
 

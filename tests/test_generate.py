@@ -617,12 +617,30 @@ def test_the_benchmark_compares_the_same_text(finished, tmp_path, capsys, monkey
     assert [rows[name]["text"] for name in bench.GENERATE_ROWS] == ["same", "OTHER", "same", "OTHER"]
 
 
-def test_speed_is_the_median_around_a_place():
-    times = [0.0]
-    for token in range(2000):
-        times.append(times[-1] + (9.0 if token % 10 == 0 else 0.5 if token < 1000 else 0.25))
-    assert bench.speed_at(times, 500) == pytest.approx(2) and bench.speed_at(times, 1500) == pytest.approx(4)
-    assert bench.speed_at(times, 5000) is None
+def test_speeds_are_medians_of_places_that_take_turns():
+    """A reader whose tokens cost a second and the hundredth part of what was read, now and then nine more."""
+    now, order = [0.0], []
+
+    class Slow:
+        def __init__(self, read=0):
+            self.held = read
+
+        def read(self, tokens, count):
+            self.held += len(tokens)
+            if len(tokens) == 1:
+                order.append(self.held)
+                now[0] += 1 + self.held // 500 + 9 * (len(order) % 10 == 0)
+
+        def copy(self):
+            return Slow(self.held)
+
+    text = list(range(2000))
+    assert bench.speeds_at(Slow(), text, [1510, 510, 2000], lambda: now[0]) == [1 / 4, 1 / 2, None]
+    assert order[:4] == [511, 1511, 512, 1512] and len(order) == 2 * bench.NEAR
+    assert bench.speeds_at(Slow(), text, [5000]) == [None]
+    order.clear()
+    bench.speeds_at(Slow(), text, [1990])
+    assert order == list(range(1991, 2001))
 
 
 @needs_llguidance

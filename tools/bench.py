@@ -936,13 +936,24 @@ def bench_ngram(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]
 GENERATE_ROWS: dict[str, dict[str, Any]] = {  # the same greedy text, made otherwise
     "plain": {}, "packed": {"packed": True}, "drafts": {"speculate": 8},
     "packed, drafts": {"packed": True, "speculate": 8}}
-NEAR = 256  # tokens around a place, whose median is its speed: other programs do not count
+NEAR = 128  # tokens at most that are read behind a place, by turns with the other places
 
 
-def speed_at(times: list[float], place: int) -> float | None:
-    """Tokens a second around a place of a text whose tokens were there at these times; None where it is shorter."""
-    near = [after - before for before, after in itertools.pairwise(times[max(0, place - NEAR // 2):place + NEAR // 2])]
-    return 1 / statistics.median(near) if place < len(times) and near else None
+def speeds_at(reader: generate.Reader, text: list[int], places: Iterable[int],
+              clock: Callable[[], float] = time.perf_counter) -> list[float | None]:
+    """Tokens a second that a fresh reader reads behind places of a text, one by one; None where the text ends before.
+    The places take turns, token by token, so that what else the machine does meets all of them."""
+    readers, begin = {}, 0
+    for place in sorted(place for place in places if place < len(text)):
+        reader.read(text[begin:place], 1)
+        readers[place], begin = reader.copy(), place
+    spent: dict[int, list[float]] = {place: [] for place in readers}
+    for step in range(min(NEAR, len(text) - max(readers, default=0))):
+        for place, own in readers.items():
+            began = clock()
+            own.read(text[place + step:place + step + 1], 1)
+            spent[place].append(clock() - began)
+    return [1 / statistics.median(spent[place]) if place in spent else None for place in places]
 
 
 def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
@@ -956,10 +967,11 @@ def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Tab
             if wanted.packed and held.packing is None:
                 continue  # no ternary matrix
             meter = generate.Meter()
-            made = generate.generate(held, generate.encode_prompt(held.tokenizer, options["PROMPT"]), wanted,
-                                     lambda token: None, meter)
+            prompt = generate.encode_prompt(held.tokenizer, options["PROMPT"])
+            made = generate.generate(held, prompt, wanted, lambda token: None, meter)
             found, first = generate.measure(meter, held), first or made
-            speeds = [None if wanted.speculate else speed_at(meter.times, place) for place in places]
+            speeds = [None] * len(places) if wanted.speculate else speeds_at(
+                generate.make_reader(held, wanted.mode, lambda line: None), prompt + made, places)
             rows.append([
                 held.config.run.preset, held.config.model.stack, name, "same" if made == first else "OTHER",
                 found["tokens_per_second"], *speeds, speeds[-1] / speeds[0] if all(speeds) else None,
@@ -971,8 +983,9 @@ def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Tab
                **{f"at {place}": ",.1f" for place in places}, "last / first": ".3f", "drafts taken": ".0%",
                "model bytes": ",d", "packed / bf16": ".3f", "state bytes": ",d"}
     yield Table(f"Greedy text of {options['TOKENS']} tokens from each artifact", columns, rows,
-                f"at n: the median of {NEAR} tokens around token n; text: against the first row of the same artifact; "
-                "packed / bf16: bytes of the ternary matrices; state: what is kept of the text at its end")
+                f"at n: the median of {NEAR} tokens behind token n, read by turns with the other places; text: "
+                "against the first row of the same artifact; packed / bf16: bytes of the ternary matrices; state: what "
+                "is kept of the text at its end")
 
 
 # ---- command line

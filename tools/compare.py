@@ -135,7 +135,8 @@ TERNARY_ROWS: dict[str, list[str]] = {
 TERNARY_OWN_SHAPE = frozenset({"binary", "sherry", "low-rank", "distinct-8", "distinct-2"})
 
 # Rows of `hybrid`, changes of the hybrid stack whose middle is passed one to four times, drawn for each row: mixers,
-# fixed passes, what a pass begins with, experts, in-place learning, context that grows.
+# fixed passes, what a pass begins with, experts, in-place learning, what is open as a bias, a span knot, context that
+# grows.
 HYBRID_ROWS: dict[str, list[str]] = {
     "again": [],
     "attention": ["STACK=A (A2)*1..4~2 A", "MIXER_CHUNK=64"],
@@ -152,11 +153,13 @@ HYBRID_ROWS: dict[str, list[str]] = {
     "in-place": ["INPLACE_LAYERS=3", "INPLACE_CHUNK=32"],
     "in-place-3": ["INPLACE_LAYERS=3", "INPLACE_CHUNK=32", "INPLACE_LR=3"],
     "retrieval": ["RETRIEVAL_BITS=64"],
+    "grammar": ["GRAMMAR_BIAS=1"],
+    "knot": ["STACK=K (X A)*1..4~2 A"],
     "eight-bits": ["ACT_INT8=1"],
     "no-extra-norms": ["EXTRA_NORMS=0"],
     "short-context": ["TRAIN_SEQ_SCHEDULE=128@0.5,256@1"],
 }
-HYBRID_OWN_SHAPE = frozenset({"attention", "recurrent", "titans", "distinct"})
+HYBRID_OWN_SHAPE = frozenset({"attention", "recurrent", "titans", "distinct", "knot"})
 
 
 # ---- statistics

@@ -568,7 +568,7 @@ class Speed:
         train = self.config.train
         stream = document_stream(train.micro_batch_tokens * (4 * world.lanes + 8) + 1, self.config.data.vocab_size,
                                  self.options["DOCUMENT_TOKENS"])
-        data = gpt.Data(stream, gpt.Validation(np.zeros(1, np.int64), np.zeros(1, np.int64), 0, True), {}, "", "")
+        data = gpt.Data(stream, gpt.Validation(np.zeros(1, np.int64), np.zeros(1, np.int64), 0, True), {}, "", "", None)
         # Without a compiled step there is no graph to replay.
         config = self.config if compiled else gpt.with_settings(self.config, {"CUDA_GRAPHS": "0"})
         trainer = gpt.Trainer(config, model, data, world, gpt.Log(None, time.perf_counter), Path(), compiled,
