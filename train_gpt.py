@@ -8350,7 +8350,7 @@ def expected_bits(columns: int, route: Route) -> float:
 
 def forecast_bytes(model: nn.Module, routes: Mapping[str, Route]) -> dict[str, float]:
     """Predicted bytes of the artifact by role, before any training, and `container` for header and checksum."""
-    forecast = {"container": 400.0}
+    forecast = {"container": 400.0 + 250.0 * (getattr(model, "grammar", None) is not None)}
     for name, parameter in model.named_parameters():
         route = routes[name]
         size = parameter.numel() * (FORMATS[route.format].coded_bits or FORMATS[route.format].bits) / 8
