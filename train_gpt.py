@@ -238,7 +238,7 @@ class ModelSettings:
                                   "and what followed those is added; 0 is off", unit="bits", low=0, high=4096)
     retrieval_top: int = setting(4, "how many are taken", unit="tokens", low=2, high=256)
     grammar_bias: bool = setting(False, "a learned bias of the logits by what the text has left open: brackets, "
-                                 "quotes, fences, lists")
+                                 "quotes, code, lists")
     inplace_layers: str = setting("", "blocks whose second feed-forward matrix learns from the text as it is read, for "
                                   "example 3,7: in-place test-time training")
     inplace_lr: float = setting(0.3, "how much a token writes into it", low=1e-6, high=100.0)
@@ -1784,33 +1784,6 @@ def make_byte_counter(tokenizer: Any, rule: str) -> Callable[[np.ndarray, np.nda
     return lambda previous, target: counts[target] + leads[target] * ~boundary[previous]
 
 
-BRACKETS = ("()", "[]", "{}", "\u201c\u201d")
-# What a token does to what is open: for each kind of BRACKETS by how many it changes and how many it leaves open at
-# least; the straight quotes behind its last line break; the fences; whether it has a line break, ends with one, and
-# begins a list with what stands behind its last one.
-GRAMMAR_FACTS = 2 * len(BRACKETS) + 5
-
-
-def grammar_facts(tokenizer: Any) -> np.ndarray:
-    """What every token does, int64 (V, F). Source of the features: Chimera's grammar and debt ledger, which added one
-    number to all logits."""
-    facts = np.zeros((tokenizer.vocab_size(), GRAMMAR_FACTS), np.int64)
-    for token in range(len(facts)):
-        piece = tokenizer.id_to_piece(token).replace("\u2581", " ")
-        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-            continue
-        text = chr(int(piece[1:-1], 16)) if tokenizer.is_byte(token) else piece
-        for kind, (opens, closes) in enumerate(BRACKETS):
-            for sign in text:
-                change = (sign == opens) - (sign == closes)
-                facts[token, kind] += change
-                facts[token, len(BRACKETS) + kind] = max(0, facts[token, len(BRACKETS) + kind] + change)
-        tail = text.rpartition("\n")[2]
-        facts[token, 2 * len(BRACKETS):] = (tail.count('"'), text.count("```"), "\n" in text, text.endswith("\n"),
-                                            bool(re.match(r"\s*([-*\u2022]|\d+[.)])", tail)))
-    return facts
-
-
 class Validation(NamedTuple):
     """The validation split in memory: tokens (n,) int64, bytes of each token as a target (n,) int64, documents."""
     tokens: np.ndarray
@@ -2392,7 +2365,7 @@ def _lacks_fla(device: torch.device, dtype: torch.dtype, settings: ModelSettings
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(dtype)[6:]}"
     wide = [settings.model_dim * own.expand_k / own.num_heads for block in parse_stack(settings.stack)[0]
-            if block.letter in "DG" for own in [own_settings(settings, block)]]
+            if MIXER_KERNELS[block.letter] == "delta" for own in [own_settings(settings, block)]]
     if max(wide, default=0) > FLA_KEYS:
         return f"needs at most {FLA_KEYS} key channels a head (here {max(wide):g})"
     return None if importlib.util.find_spec("fla") else "flash-linear-attention is not installed"
@@ -4523,7 +4496,7 @@ class GatedDeltaNet(DeltaNet):
 
 
 KNOT_NEAR = 64  # earlier codes of the document whose majority a code should agree with
-KNOT_FLIPS = 0.02  # share of the bits that one relaxation may turn
+KNOT_FLIPS = 0.02  # share of the bits that one relaxation may turn, rounded, one at least
 KNOT_MEMORY, KNOT_BINDING = 0.3, 0.2
 
 
@@ -4544,9 +4517,10 @@ class SpanKnot(GatedDeltaNet):
     """A gated delta rule with a binary code beside its output: b = sign(W_s y), relaxed once and brought in by a matrix
     that begins at zero. The code's energy is the sum over bits of -b W_e y and of its disagreements with knot_fields;
     a bit's part hangs on no other bit, so the relaxation turns those KNOT_FLIPS of the bits whose turn lowers it most,
-    and none that would raise it. Gradients go through tanh(W_s y + W_e y). Chimera's configuration names this layer and
-    its weights and defines neither bits nor turns: this is its causal form, without the energies of a grammar and of
-    obligations."""
+    and none that would raise it. Gradients go through tanh(W_s y + W_e y). Signs and turns are steps: where sums are
+    rounded otherwise, a bit may differ. Chimera's configuration names this layer and its weights and defines neither
+    bits nor turns: this is its causal form, without the energies of a grammar and of obligations, the memory's and the
+    binding's summed like the state's, and bound to the code before instead of to learned roles."""
 
     def __init__(self, settings: ModelSettings, plan: BlockPlan, kernels: Picked) -> None:
         super().__init__(settings, plan, kernels)
@@ -4702,6 +4676,8 @@ class Retrieval(nn.Module):
         return hidden + self.strength.to(hidden.dtype) * found
 
 
+BRACKETS = ("()", "[]", "{}", "\u201c\u201d")
+OPEN_LEVELS = 4  # up to which it is known where a bracket was opened
 RESET = 1 << 20  # more than can be open
 LONG_OPEN = 32  # tokens
 GRAMMAR_FEATURES = 2 * len(BRACKETS) + 8
@@ -4709,61 +4685,119 @@ GRAMMAR_FEATURES = 2 * len(BRACKETS) + 8
 
 def since(x: Tensor, begins: Tensor, start: Tensor) -> Tensor:
     """The sum of x (B, T) from the last position on at which `begins` (B, T) is set, its own included; where there is
-    none yet, of all, and `start` (B,)."""
+    none yet, of all, and `start` (B, 1)."""
     sums, place = x.cumsum(1), torch.arange(x.shape[1], device=x.device)
     last = torch.where(begins, place, -1).cummax(1).values
     before = (sums - x).gather(1, last.clamp_min(0))
-    return sums - torch.where(last < 0, -start[:, None], before)
+    return sums - torch.where(last < 0, -start, before)
 
 
 def grammar_features(facts: Tensor, begins: Tensor, state: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """What is open behind each token, from GRAMMAR_FACTS of the tokens (B, T, F) int64, the first tokens of documents
-    (B, T) and the state before (B, S), `first` tokens on: whether there are brackets of each kind, whether of those it
-    was opened last; two round ones, three of all; a straight quote in this line; a fence; the line's beginning; a list;
-    brackets over 8; and whether the last one was opened LONG_OPEN tokens ago. fp32 (B, T, GRAMMAR_FEATURES), and the
-    state: brackets, where each kind was opened last, quote, fence, line's beginning, list.
+    """What is open behind each token, from Grammar's facts of the tokens (B, T, F) int64, where documents begin (B, T)
+    and the state before (B, S), `first` tokens on: whether brackets of each kind are open, whether the innermost is of
+    it (of several that a token opens, all are); two round ones, three of all; a straight quote in this line; code; the
+    line's end; a list; brackets over 8; and whether the innermost was opened LONG_OPEN tokens ago. fp32 (B, T,
+    GRAMMAR_FEATURES), and the state behind the last token.
 
     A token maps a count x to max(x + change, least). Maps of that form follow each other by sums and maxima, so all
-    positions are found at once; a document begins with a map that leaves nothing."""
-    kinds = len(BRACKETS)
-    change, least = facts[..., :kinds], facts[..., kinds:2 * kinds]
-    quotes, fences, breaks, ends, items = facts[..., 2 * kinds:].unbind(-1)
-    counts, opened, (quote, fence, line, item) = state[:, None, :kinds], state[:, None, kinds:2 * kinds], (
-        state[:, 2 * kinds:].T)
-    sums = (change - RESET * begins[..., None]).cumsum(1)
-    counts = sums + torch.maximum((least - sums).cummax(1).values, counts)
-    place = first + torch.arange(facts.shape[1], device=facts.device)
-    opened = torch.maximum(torch.where(least > 0, place[:, None], -1).cummax(1).values, opened)
-    anew = begins | (breaks > 0)
-    line_begins = begins | (ends > 0)
-    after = torch.cat([line[:, None] > 0, line_begins[:, :-1]], 1)
-    quote = since(quotes, anew, quote) % 2
-    fence = since(fences, begins, fence) % 2
-    item = since(items * (after | anew), after | anew, item)
-    live = torch.where(counts > 0, opened, -1)
-    newest = live.amax(-1, keepdim=True)
-    features = torch.cat([counts > 0, (live == newest) & (live >= 0), torch.stack([
-        counts[..., 0] > 1, counts.sum(-1) > 2, quote > 0, fence > 0, line_begins, item > 0, counts.sum(-1) / 8,
-        (newest[..., 0] >= 0) & (place - newest[..., 0] >= LONG_OPEN)], -1)], -1).float()
-    end = torch.cat([counts[:, -1], opened[:, -1], torch.stack([quote, fence, line_begins, item], -1)[:, -1]], -1)
+    positions are found at once; a document begins with a map that leaves nothing. The innermost bracket of d is the one
+    that last made d of fewer; from OPEN_LEVELS on it is taken for the one of that level."""
+    kinds, length = len(BRACKETS), facts.shape[1]
+    facts = facts.mT  # time is last, where sums over it are quick
+    change, least, (quotes, code, breaks, ends, items) = (
+        facts[:, :kinds], facts[:, kinds:2 * kinds], facts[:, 2 * kinds:].unbind(1))
+    held, opened, (quote, open_code, line, item) = (
+        state[:, :kinds, None], state[:, kinds:-4].unflatten(1, (kinds, OPEN_LEVELS))[..., None],
+        state[:, -4:, None].unbind(1))
+    sums = (change - RESET * begins[:, None]).cumsum(-1)
+    counts = sums + torch.maximum((least - sums).cummax(-1).values, held)  # (B, kinds, T)
+    levels = torch.arange(1, OPEN_LEVELS + 1, device=facts.device)[:, None]
+    made = (levels <= counts[:, :, None]) & (levels > (counts - least)[:, :, None])
+    place = first + torch.arange(length, device=facts.device)
+    opened = torch.maximum(torch.where(made, place, -1).cummax(-1).values, opened)  # (B, kinds, levels, T)
+    innermost = opened.gather(2, counts.clamp(1, OPEN_LEVELS)[:, :, None] - 1)[:, :, 0].where(counts > 0, -1)
+    newest = innermost.amax(1)
+    after = torch.cat([line > 0, ends[:, :-1] > 0], 1) & ~begins  # the line's first token
+    quote = since(quotes, begins | (breaks > 0), quote) % 2
+    open_code = since(code, begins, open_code) % 2
+    item = since(items * (after | (breaks > 0)), after | begins | (breaks > 0), item)
+    features = torch.cat([counts > 0, (innermost == newest[:, None]) & (innermost >= 0), torch.stack([
+        counts[:, 0] > 1, counts.sum(1) > 2, quote > 0, open_code > 0, ends > 0, item > 0, counts.sum(1) / 8,
+        (newest >= 0) & (place - newest >= LONG_OPEN)], 1)], 1).float().mT
+    lines = torch.stack([quote, open_code, ends, item], 1)
+    end = torch.cat([counts[..., -1], opened[..., -1].flatten(1), lines[..., -1]], 1)
     return features, end
 
 
 class Grammar(nn.Module):
     """Adds to a final state a vector for each of grammar_features, zero at the start: through the embedding a bias of
-    the logits by what the text has left open. Its table of tokens is the tokenizer's and stands in the artifact's
-    header."""
+    the logits by what the text has left open. What a token does is the tokenizer's and stands in the artifact's header:
+    for each kind of BRACKETS by how many it changes and how many it leaves open itself; the straight quotes behind its
+    last line break; its backticks; whether it has a line break, ends with one (as the beginning of a document does),
+    and begins a list with what stands behind its last one. Source: Chimera's grammar and debt ledger, which added one
+    number to all logits."""
+
+    FACTS = 2 * len(BRACKETS) + 5
+    STATE = len(BRACKETS) * (1 + OPEN_LEVELS) + 4
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
         self.bias = make_parameter((settings.model_dim, GRAMMAR_FEATURES), "gate", 0.0)
-        self.register_buffer("facts", torch.zeros(vocab_size, GRAMMAR_FACTS, dtype=torch.int8), persistent=False)
+        self.register_buffer("facts", torch.zeros(vocab_size, self.FACTS, dtype=torch.int8), persistent=False)
+
+    @classmethod
+    def facts_of(cls, tokenizer: Any) -> np.ndarray:
+        """What every token does, int8 (V, F)."""
+        facts, kinds = np.zeros((tokenizer.vocab_size(), cls.FACTS), np.int8), len(BRACKETS)
+        facts[BOS, -2] = 1
+        for token in range(len(facts)):
+            if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+                continue
+            piece = tokenizer.id_to_piece(token).replace("\u2581", " ")
+            text = chr(int(piece[1:-1], 16)) if tokenizer.is_byte(token) else piece
+            for kind, (opens, closes) in enumerate(BRACKETS):
+                for sign in text:
+                    change = (sign == opens) - (sign == closes)
+                    facts[token, kind] += change
+                    facts[token, kinds + kind] = max(0, facts[token, kinds + kind] + change)
+            tail = text.rpartition("\n")[2]
+            facts[token, 2 * kinds:] = (tail.count('"'), text.count("`"), "\n" in text, text.endswith("\n"),
+                                        bool(re.match(r"\s*([-*\u2022]|\d+[.)])", tail)))
+        return facts
+
+    @staticmethod
+    def write(facts: np.ndarray) -> list[list[int]]:
+        """Facts (V, F) for a header: token, column and value of what is not zero."""
+        return np.column_stack([*facts.nonzero(), facts[facts != 0]]).tolist()
+
+    @classmethod
+    def read(cls, rows: Any, vocab_size: int) -> np.ndarray:
+        """The inverse; ValueError where it is damaged."""
+        facts = np.zeros((vocab_size, cls.FACTS), np.int8)
+        for row in rows if isinstance(rows, list) else [None]:
+            if not isinstance(row, list) or len(row) != 3 or any(type(number) is not int for number in row) or not (
+                    0 <= row[0] < vocab_size and 0 <= row[1] < cls.FACTS and -127 <= row[2] <= 127):
+                raise ValueError(f"grammar: {str(row)[:60]} is no token, column and value")
+            facts[row[0], row[1]] = row[2]
+        return facts
+
+    @classmethod
+    def told(cls, facts: np.ndarray) -> str:
+        """A line on what a tokenizer's tokens can open. ConfigError where it is nothing."""
+        kinds = len(BRACKETS)
+        found = {"brackets": facts[:, :2 * kinds].any(1).sum(), **dict(zip(
+            ("quotes", "code", "line_breaks"), (facts[:, 2 * kinds:2 * kinds + 3] != 0).sum(0), strict=True)),
+            "lists": facts[:, -1].sum()}
+        if not any(found.values()):
+            raise ConfigError("GRAMMAR_BIAS=1: no token of the tokenizer has a bracket, a quote or a line break")
+        return "grammar: tokens with " + " ".join(f"{name}:{count}" for name, count in found.items())
 
     def forward(self, hidden: Tensor, tokens: Tensor, context: Context) -> Tensor:
         """Final states (B, T, D) of tokens (B, T) -> (B, T, D)."""
         memory, docs, key = context.memory, context.docs, (-1, "grammar")
-        begins = torch.zeros_like(tokens, dtype=torch.bool) if docs is None else place_in_document(docs) == 0
-        state = tokens.new_zeros(len(tokens), 2 * len(BRACKETS) + 4)
+        begins = tokens == BOS
+        begins = begins if docs is None else begins | F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))
+        state = tokens.new_zeros(len(tokens), self.STATE)
         state = state if memory is None else memory.held.get(key, state)
         first = 0 if memory is None else memory.length
         features, state = grammar_features(self.facts[tokens].long(), begins, state, first)
@@ -7904,25 +7938,12 @@ def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ConfigError(f"RUN_ID={path.parent.name}: {path}: {error}") from None
 
 
-def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str, grammar: np.ndarray | None = None
+def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str, tokenizer: Any = None
                    ) -> dict[str, Any]:
-    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer. The table
-    of grammar_facts stands there as token, column and value of what is not zero."""
-    table = {} if grammar is None else {
-        "grammar": np.column_stack([*grammar.nonzero(), grammar[grammar != 0]]).tolist()}
+    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer."""
+    grammar = ENDINGS["grammar"] if settings.grammar_bias else None
     return {"model": dataclasses.asdict(settings), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256,
-            **table}
-
-
-def read_grammar(table: Any, vocab_size: int) -> np.ndarray:
-    """The inverse of what artifact_facts writes, (V, F); ValueError where it is damaged."""
-    rows, shape = np.array(table or np.zeros((0, 3)), np.int64), (vocab_size, GRAMMAR_FACTS)
-    if rows.ndim != 2 or rows.shape[1] != 3 or (rows[:, :2] < 0).any() or (rows[:, :2] >= shape).any() or (
-            abs(rows[:, 2]) > 127).any():
-        raise ValueError("its table of brackets and quotes is damaged")
-    facts = np.zeros(shape, np.int64)
-    facts[rows[:, 0], rows[:, 1]] = rows[:, 2]
-    return facts
+            **({} if grammar is None else {"grammar": grammar.write(grammar.facts_of(tokenizer))})}
 
 
 def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernels: Picked, dtype: torch.dtype,
@@ -7934,9 +7955,9 @@ def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernel
         settings = ModelSettings(**{name: parse_value(name.upper(), value) for name, value in facts["model"].items()})
         vocab_size = parse_value("VOCAB_SIZE", facts["vocab_size"])
         check_heads(settings)
-        grammar = read_grammar(facts["grammar"], vocab_size) if settings.grammar_bias else None
         with torch.device("meta"):
             load_weights(GPT(settings, vocab_size, kernels, dtype), weights, what, check_only=True)
+        grammar = ENDINGS["grammar"].read(facts["grammar"], vocab_size) if settings.grammar_bias else None
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         if isinstance(error, ConfigError) and str(error).startswith(what):
             raise
@@ -9705,6 +9726,9 @@ class Run:
                               f"to; its documents have {'an unknown number' if size is None else size}")
             if common := self.dataset.manifest["disjoint"]["common"]:
                 self.log.line(f"declared: {common} validation documents also stand in the published training shards")
+            if self.config.model.grammar_bias:
+                grammar = ENDINGS["grammar"]
+                self.log.line(grammar.told(grammar.facts_of(self.dataset.tokenizer)))
             self.log.line(f"train_shards: {len(self.dataset.train.shards)} train_tokens:{len(self.dataset.train)} "
                           f"checked_in:{self.clock() - began:.1f}s")
         return self.dataset
@@ -9714,7 +9738,7 @@ class Run:
         model = GPT(self.config.model, self.config.data.vocab_size, self.kernels, self.dtype)
         check_roles(model)
         if model.grammar is not None:
-            model.grammar.facts.copy_(torch.from_numpy(grammar_facts(self.data().tokenizer)))
+            model.grammar.facts.copy_(torch.from_numpy(model.grammar.facts_of(self.data().tokenizer)))
         return model.to(self.world.device)
 
     def score(self, kind: str, model: GPT, phase: int = -1) -> Score:
@@ -9951,8 +9975,8 @@ class Squeeze:
         for name in squeeze_steps(self.settings):
             if name in REFINEMENTS:
                 self.routes = REFINEMENTS[name](weights, self.routes, self.calibration, self.sites, self.settings)
-        grammar = grammar_facts(run.data().tokenizer) if run.config.model.grammar_bias else None
-        self.facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256, grammar)
+        self.facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256,
+                                    run.data().tokenizer)
         self.codecs, _ = pick_codecs(self.settings.codec)
         self.built: dict[int, Built] = {}
 

@@ -94,6 +94,35 @@ def small_config(**more: object) -> train_gpt.Config:
     return train_gpt.load_config(small_words("none", "none", **more), {}, gpus=0)
 
 
+class Pieces:
+    """A tokenizer of given pieces."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def id_to_piece(self, token: int) -> str:
+        return self.pieces[token]
+
+    def is_control(self, token: int) -> bool:
+        return token == train_gpt.BOS
+
+    def is_unknown(self, token: int) -> bool:
+        return False
+
+    is_unused = is_unknown
+
+    def is_byte(self, token: int) -> bool:
+        return self.pieces[token].startswith("<0x")
+
+
+PIECES_OF_TEXT = ["<pad>", "<s>", "a", "\u2581(", ")", "[", "]", "{", "}", "\u201c", "\u201d", '"', "<0x0A>", "```",
+                  "-", "\u2581*", "1.", "))", '),"', "([", ")(", "b\n\n", "\nx", "`\n- ", "c", "d", "e", "f",
+                  "<0x28>", '\n"', "((", "d"]
+
+
 def make_model(config: train_gpt.Config, seed: int = 0, shake: float = 0.0) -> train_gpt.GPT:
     """The configured model on the CPU in its compute dtype; `shake` adds noise to every parameter, so that branches
     that start at zero take part."""
@@ -101,6 +130,10 @@ def make_model(config: train_gpt.Config, seed: int = 0, shake: float = 0.0) -> t
     dtype = train_gpt.pick_dtype(config.system.compute_dtype, torch.device("cpu"))
     model = train_gpt.GPT(config.model, config.data.vocab_size, kernels, dtype)
     train_gpt.init_weights(model, seed)
+    if model.grammar is not None:
+        pieces = [PIECES_OF_TEXT[token % len(PIECES_OF_TEXT) if token > 1 else token]
+                  for token in range(config.data.vocab_size)]
+        model.grammar.facts.copy_(torch.from_numpy(model.grammar.facts_of(Pieces(pieces))))
     if shake:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

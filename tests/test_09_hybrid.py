@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import events, launch, make_model, small_config, small_words
+from conftest import PIECES_OF_TEXT, Pieces, events, launch, make_model, small_config, small_words
 
 import train_gpt
 from tools.generate import memory_unusable
@@ -22,6 +22,7 @@ from train_gpt import (
     ConfigError,
     Context,
     Depths,
+    Grammar,
     Memory,
     Optimizer,
     Sites,
@@ -29,7 +30,6 @@ from train_gpt import (
     document_index,
     expert_width,
     forward_flops,
-    grammar_facts,
     grammar_features,
     knot_fields,
     load_config,
@@ -315,7 +315,8 @@ def test_values_look_ahead_within_their_chunk_and_document_only():
 
 
 @pytest.mark.parametrize("words", [HYBRID, MOE, {**INPLACE, "STACK": "A G"}, {"PRESET": "baseline",
-                                                                              "RETRIEVAL_BITS": 32}, KNOT])
+                                                                              "RETRIEVAL_BITS": 32}, KNOT,
+                                   {"PRESET": "baseline", "GRAMMAR_BIAS": 1}])
 def test_hybrids_are_causal_and_documents_apart(words):
     """A token changes nothing before it, though values of its chunk look ahead; a document nothing in the next."""
     model = make_model(small_config(**words), 3, shake=0.2)
@@ -447,70 +448,33 @@ def test_a_knot_begins_as_nothing_and_learns(mini, tmp_path):
 # -- what is open
 
 
-class Pieces:
-    """A tokenizer of given pieces, the first of which is BOS."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def vocab_size(self):
-        return len(self.pieces)
-
-    def id_to_piece(self, token):
-        return self.pieces[token]
-
-    def is_control(self, token):
-        return token == BOS
-
-    def is_unknown(self, token):
-        return False
-
-    is_unused = is_unknown
-
-    def is_byte(self, token):
-        return self.pieces[token].startswith("<0x")
-
-
-PIECES_OF_TEXT = ["<pad>", "<s>", "a", "\u2581(", ")", "[", "]", "{", "}", "\u201c", "\u201d", '"', "<0x0A>", "```",
-                  "-", "\u2581*", "1.", "))", '),"', "([", ")(", "b\n\n", "\nx", "```\n- ", "c", "d", "e", "f",
-                  "<0x28>", '\n"', "c", "d"]
-
-
 def features_by_hand(tokens):
-    """One document's features behind each token, read character by character."""
-    kinds, depth, opened = ("()", "[]", "{}", "\u201c\u201d"), [0] * 4, [-1] * 4
-    quote = fence = line = item = False
+    """Features behind each token of a document or of a part of one, read character by character, with a stack of the
+    places where brackets were opened for each kind."""
+    kinds, stacks, kind_of = ("()", "[]", "{}", "\u201c\u201d"), [[] for _ in range(4)], {}
+    for kind, (opens, closes) in enumerate(kinds):
+        kind_of |= {opens: (kind, True), closes: (kind, False)}
+    quote = code = line = item = False
     found = []
     for t, token in enumerate(tokens):
         piece = PIECES_OF_TEXT[token].replace("\u2581", " ")
         text = "" if token == BOS else chr(int(piece[1:-1], 16)) if piece.startswith("<0x") else piece
-        begins = line or t == 0 or "\n" in text
+        if line or "\n" in text:
+            item = bool(re.match(r"\s*([-*]|1\.)", text.rpartition("\n")[2]))
         for sign in text:
             quote = False if sign == "\n" else quote ^ (sign == '"')
-            for kind, (opens, closes) in enumerate(kinds):
-                depth[kind] = max(0, depth[kind] + (sign == opens) - (sign == closes))
-        for kind, (opens, closes) in enumerate(kinds):
-            left = 0
-            for sign in text:
-                left = max(0, left + (sign == opens) - (sign == closes))
-            opened[kind] = t if left else opened[kind]
-        fence ^= text.count("```") % 2 == 1
-        if begins:
-            item = bool(re.match(r"\s*([-*]|1\.)", text.rpartition("\n")[2]))
-        line = t == 0 or text.endswith("\n")
-        newest = max([opened[kind] for kind in range(4) if depth[kind]], default=-1)
-        found.append([*(n > 0 for n in depth),
-                      *(depth[kind] > 0 and opened[kind] == newest for kind in range(4)),
-                      depth[0] > 1, sum(depth) > 2, quote, fence, line, item, sum(depth) / 8,
-                      newest >= 0 and t - newest >= 32])
+            code ^= sign == "`"
+            kind, opens = kind_of.get(sign, (None, False))
+            if opens:
+                stacks[kind].append(t)
+            elif kind is not None and stacks[kind]:
+                stacks[kind].pop()
+        line = token == BOS or text.endswith("\n")
+        places = [stack[min(len(stack), 4) - 1] if stack else -1 for stack in stacks]
+        deep, newest = sum(map(len, stacks)), max(places)
+        found.append([*map(bool, stacks), *(place == newest >= 0 for place in places), len(stacks[0]) > 1, deep > 2,
+                      quote, code, line, item, deep / 8, newest >= 0 and t - newest >= 32])
     return torch.tensor(found, dtype=torch.float32)
-
-
-def told_grammar(model):
-    """The model, with the table of PIECES_OF_TEXT for its first tokens."""
-    table = torch.from_numpy(grammar_facts(Pieces(PIECES_OF_TEXT)))
-    model.grammar.facts[:len(table)].copy_(table)
-    return model
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -521,9 +485,10 @@ def test_what_is_open_is_what_a_reader_finds(seed):
     documents = [torch.cat([torch.tensor([BOS]), torch.randint(2, 32, (n - 1,), generator=generator)]) for n in lengths]
     documents[3][5:80] = 2
     documents[3][4] = 3
-    table = torch.from_numpy(grammar_facts(Pieces(PIECES_OF_TEXT)))
+    documents[0][30:40] = torch.tensor([3, 3, 30, 28, 19, 4, 4, 20, 17, 4])  # six deep, and back
+    table = torch.from_numpy(Grammar.facts_of(Pieces(PIECES_OF_TEXT))).long()
     tokens = torch.cat(documents)
-    begins, state = (tokens == BOS)[None], torch.zeros(1, 12, dtype=torch.long)
+    begins, state = (tokens == BOS)[None], torch.zeros(1, Grammar.STATE, dtype=torch.long)
     features, _ = grammar_features(table[tokens][None], begins, state, 0)
     wanted = torch.cat([features_by_hand(document.tolist()) for document in documents])
     assert torch.equal(features[0], wanted)
@@ -536,24 +501,51 @@ def test_what_is_open_is_what_a_reader_finds(seed):
         begin += size
 
 
+def test_what_is_open_hangs_on_the_tokens_of_the_document_alone():
+    """However it is told which they are: one document a row, numbers, spans; and where a row is cut within one."""
+    model = make_model(small_config(PRESET="baseline", GRAMMAR_BIAS=1), 2)
+    with torch.no_grad():
+        model.grammar.bias.normal_(generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(2, 32, (3, 60), generator=torch.Generator().manual_seed(8))
+    tokens[0, 0] = tokens[0, 20] = tokens[1, 0] = tokens[2, 33] = BOS
+    hidden = torch.zeros(3, 60, model.settings.model_dim)
+
+    def features(docs):
+        with torch.no_grad():
+            return model.grammar(hidden, tokens, Context(None, docs, None, None))
+
+    wanted = features(None)
+    assert torch.equal(features(document_index(tokens)), wanted)
+    for row, cuts in enumerate(([0, 20], [0], [0, 33])):
+        for begin, end in itertools.pairwise([*cuts, 60]):
+            alone = features_by_hand(tokens[row, begin:end].tolist()) @ model.grammar.bias.detach().T
+            assert torch.allclose(wanted[row, begin:end], alone, atol=1e-5)
+    cut = document_index(tokens)
+    cut[:, 45:] += 1  # a span ends here, within a document
+    alone = features_by_hand(tokens[1, 45:].tolist()) @ model.grammar.bias.detach().T
+    assert torch.allclose(features(cut)[1, 45:], alone, atol=1e-5)
+
+
 def test_the_bias_begins_as_nothing_learns_and_stands_in_the_artifact(mini, tmp_path):
     plain, model = (make_model(small_config(PRESET="baseline", GRAMMAR_BIAS=on), 2) for on in (0, 1))
     tokens = tokens_of(2, 23)
-    assert torch.equal(make_forward(told_grammar(model), 0)(tokens, None), make_forward(plain, 0)(tokens, None))
+    assert torch.equal(make_forward(model, 0)(tokens, None), make_forward(plain, 0)(tokens, None))
     words = small_words(mini, tmp_path, PRESET="baseline", GRAMMAR_BIAS=1, RUN_ID="g", ITERATIONS=8, AUDIT=1,
                         EVAL="contiguous,ttt", AUDIT_TOKENS=200)
     assert main(words, {}) == 0
     facts, weights = train_gpt.load_artifact(tmp_path / "g" / "artifact.bin")
     assert weights["grammar.bias"].abs().max() > 1e-4
-    table = train_gpt.read_grammar(facts["grammar"], facts["vocab_size"])
+    table = Grammar.read(facts["grammar"], facts["vocab_size"])
     manifest = json.loads((Path(mini) / "manifest.json").read_text())
     tokenizer = train_gpt.load_tokenizer(Path(mini) / manifest["tokenizer"]["path"], facts["vocab_size"])
-    assert (table == grammar_facts(tokenizer)).all() and table.any()
+    assert (table == Grammar.facts_of(tokenizer)).all() and table.any()
+    assert "grammar: tokens with brackets:" in (tmp_path / "g" / "train.log").read_text()
     kernels, _ = train_gpt.pick_kernels("auto", torch.device("cpu"))
     path = tmp_path / "g" / "artifact.bin"
     again = train_gpt.make_model_from(facts, weights, kernels, torch.float32, path)
     assert (again.grammar.facts.numpy() == table).all()
-    for damaged in ([[0, 99, 1]], [[-1, 0, 1]], [[1, 2]], [[0, 0, 300]], "x", None):
+    for damaged in ([[0, 99, 1]], [[-1, 0, 1]], [[1, 2]], [[0, 0, 300]], "x", None, {}, [[0, 0, 1.5]], [[0, 0, True]],
+                    [[0, 0, -2 ** 63]], [1], [[0, 0, "1"]]):
         broken = {**facts, "grammar": damaged} if damaged is not None else {
             key: value for key, value in facts.items() if key != "grammar"}
         with pytest.raises(train_gpt.ConfigError, match="describes no model"):
@@ -737,7 +729,6 @@ PIECES = {
 @pytest.mark.parametrize("name", PIECES)
 def test_a_text_read_in_pieces_is_the_text(name):
     model = make_model(small_config(**PIECES[name]), 2, shake=0.2)
-    model = model if model.grammar is None else told_grammar(model)
     forward, tokens = make_forward(model, len(model.phases) - 1), tokens_of(2, 37)
     if model.grammar is not None:
         tokens[:, 1:] %= len(PIECES_OF_TEXT)

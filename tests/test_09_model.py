@@ -41,7 +41,7 @@ from train_gpt import (
 )
 
 LENGTH = 24
-STACKS = ["A3", "(A)*5", "A (A2)*2@0.5 A2", "A{mlp=0} A{heads=4,kv=2}", "D2", "G2", "X2", "T2", "[G X]2 A",
+STACKS = ["A3", "(A)*5", "A (A2)*2@0.5 A2", "A{mlp=0} A{heads=4,kv=2}", "D2", "G2", "X2", "T2", "K2", "[G X]2 A",
           "D{mlp=0,gate=0} A{xsa=1}"]
 
 
@@ -81,6 +81,8 @@ MIXERS_AND_LOOPS = {"deep memory": {"STACK": "T2", "TITANS_DEPTH": 2, "MIXER_CHU
          "held state": {"STACK": "A (A D{mlp=0})*3 A", "LOOP_STATE": "exact"},
          "drawn passes": {"STACK": "A (A2)*1..4~2 A", "LOOP_STATE": "euler", "LOOP_SKIPS": 0, "ANCHOR_DIM": 3},
          "low-rank paths": {"STACK": "A (D)*2 A{mlp=0}", "HGF_RANK": 3},
+         "low-rank paths of a knot": {"STACK": "K (K)*2", "HGF_RANK": 3, "ACT_INT8": 1, "KNOT_BITS": 100},
+         "what is open": {"STACK": "A G", "GRAMMAR_BIAS": 1},
          "8-bit activations": {"STACK": "A G", "ACT_INT8": 1},
          "radial places": {"STACK": "A D", "POSITIONS": "radial", "EXTRA_NORMS": 1, "SOFTCAP_TYPE": "poly"},
          "position": {"STACK": "(A{xsa=1} X)*2 A{xsa=0} (G)*2", "LOOP_INSTRUCTIONS": "position", "SMEAR_CHANNELS": 1}}
@@ -205,7 +207,8 @@ def site_shapes(model, phase, tokens, docs):
             shapes[f"loops.{group}.pass.{number}"] = (width, width)
     for step in model.phases[phase].steps:
         block = model.blocks[step.block]
-        parts = {name: getattr(block.mixer, name).weight.shape for name in ("q", "k", "v", "o", "gate")
+        parts = {name: getattr(block.mixer, name).weight.shape for name in (
+            "q", "k", "v", "o", "gate", "code", "field", "knot")
                  if getattr(block.mixer, name, None) is not None} | {"attn": (width, width)}
         if block.mlp is not None:
             parts |= {"up": block.mlp.up.weight.shape, "down": block.mlp.down.weight.shape, "mlp": (width, width)}

@@ -618,7 +618,7 @@ def test_the_benchmark_compares_the_same_text(finished, tmp_path, capsys, monkey
 
 
 def test_speeds_are_medians_of_places_that_take_turns():
-    """A reader whose tokens cost a second and the hundredth part of what was read, now and then nine more."""
+    """A reader whose tokens cost a second and the five hundredth part of what was read, now and then nine more."""
     now, order = [0.0], []
 
     class Slow:
@@ -638,6 +638,7 @@ def test_speeds_are_medians_of_places_that_take_turns():
     assert bench.speeds_at(Slow(), text, [1510, 510, 2000], lambda: now[0]) == [1 / 4, 1 / 2, None]
     assert order[:4] == [511, 1511, 512, 1512] and len(order) == 2 * bench.NEAR
     assert bench.speeds_at(Slow(), text, [5000]) == [None]
+    assert bench.speeds_at(Slow(), text, [510, 510], lambda: now[0]) == [1 / 2, 1 / 2]
     order.clear()
     bench.speeds_at(Slow(), text, [1990])
     assert order == list(range(1991, 2001))

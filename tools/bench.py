@@ -939,12 +939,12 @@ GENERATE_ROWS: dict[str, dict[str, Any]] = {  # the same greedy text, made other
 NEAR = 128  # tokens at most that are read behind a place, by turns with the other places
 
 
-def speeds_at(reader: generate.Reader, text: list[int], places: Iterable[int],
+def speeds_at(reader: generate.Reader, text: list[int], places: list[int],
               clock: Callable[[], float] = time.perf_counter) -> list[float | None]:
     """Tokens a second that a fresh reader reads behind places of a text, one by one; None where the text ends before.
     The places take turns, token by token, so that what else the machine does meets all of them."""
     readers, begin = {}, 0
-    for place in sorted(place for place in places if place < len(text)):
+    for place in sorted({place for place in places if place < len(text)}):
         reader.read(text[begin:place], 1)
         readers[place], begin = reader.copy(), place
     spent: dict[int, list[float]] = {place: [] for place in readers}

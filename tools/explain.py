@@ -54,9 +54,9 @@ TABLES: dict[str, tuple[Row, ...]] = {"chimera": (
     Row("titans", BUILT, "linear or deep memory, as a layer or as context with persistent slots, letter T; off",
         ("TITANS_DEPTH", "TITANS_CONTEXT", "PERSISTENT_SLOTS")),
     Row("tsp_span_knot", BUILT, "letter K: a gated delta rule with a binary code beside its output, which one "
-        "relaxation changes in two bits of a hundred at most, by three of its five energies: agreement with the state, "
-        "with the codes of the last 64 tokens and with the last code. The published turns are defined nowhere; "
-        "off", ("KNOT_BITS",)),
+        "relaxation changes in about two bits of a hundred at most, by three of its five energies: agreement with the "
+        "state, with the codes of the last 64 tokens and with the last code. Published are weights, but neither bits "
+        "nor turns; off", ("KNOT_BITS",)),
     Row("moe", BUILT, "a feed-forward in parts at equal bytes: some for every token, experts chosen by sigmoid scores, "
         "balanced by biases without a loss, tokens sorted by expert and none dropped; off",
         ("MOE_EXPERTS", "MOE_TOPK", "MOE_SHARED", "MOE_GAMMA")),
@@ -67,7 +67,7 @@ TABLES: dict[str, tuple[Row, ...]] = {"chimera": (
         "tokens may take more passes and read what this one is there; off", ("LOOP_EXIT", "EVAL_PASSES")),
     Row("span_inference", PART, "./run.sh generate SPECULATE=n drafts what followed the text's own end before and "
         "reads a draft in one forward, with the same distribution; no bank, no tree, and nothing of it moves a score"),
-    Row("grammar, debt_ledger", PART, "what is open, brackets, quotes, fences, lists, is a learned bias of the logits; "
+    Row("grammar, debt_ledger", PART, "what is open, brackets, quotes, code, lists, is a learned bias of the logits; "
         "off. ./run.sh generate GRAMMAR=json, brackets or a file masks what cannot follow. As published both were a "
         "constant on all logits, which softmax takes out again; rhythm, paragraphs and the other obligations are not "
         "there", ("GRAMMAR_BIAS",)),

@@ -27,6 +27,7 @@ COMPARE = ROOT / "records" / "compare_presets.json"  # made by ./run.sh bench pr
 CRAWLER = ROOT / "records" / "compare_crawler.json"  # made by ./run.sh bench crawler
 TERNARY = ROOT / "records" / "compare_ternary.json"  # made by ./run.sh bench ternary
 HYBRID = ROOT / "records" / "compare_hybrid.json"  # made by ./run.sh bench hybrid
+HYBRID_MORE = ROOT / "records" / "compare_hybrid_more.json"  # likewise, with ROWS
 TEXT = ROOT / "records" / "generate.json"  # made by ./run.sh bench generate RUN_FOLDER ...
 JAMONE = ROOT / "records" / "jamone_run.json"  # the command is in records/LOG.md
 RUNS = {("sixteen", "tiny"): REFERENCE, ("jamone", ""): JAMONE}  # preset and overlay of a run -> its record
@@ -137,8 +138,10 @@ def ternary_table() -> str:
 
 
 def hybrid_table() -> str:
-    """The hybrid stack's comparison, and some of its artifacts evaluated otherwise."""
-    return suite_table(HYBRID, "hybrid", {})
+    """The hybrid stack's comparison, and some of its artifacts evaluated otherwise; then rows that came later."""
+    more = ["The other rows, trained by a later program beside a base of their own:",
+            suite_table(HYBRID_MORE, "hybrid", {})] if HYBRID_MORE.exists() else []
+    return "\n\n".join([suite_table(HYBRID, "hybrid", {}), *more])
 
 
 def text_table() -> str:
