@@ -4678,12 +4678,11 @@ class Retrieval(nn.Module):
 
 BRACKETS = ("()", "[]", "{}", "\u201c\u201d")
 OPEN_LEVELS = 4  # up to which it is known where a bracket was opened
-RESET = 1 << 20  # more than can be open
+RESET = 1 << 40  # more than can be open
 LONG_OPEN = 32  # tokens
-GRAMMAR_FEATURES = 2 * len(BRACKETS) + 8
 
 
-def since(x: Tensor, begins: Tensor, start: Tensor) -> Tensor:
+def sum_since(x: Tensor, begins: Tensor, start: Tensor) -> Tensor:
     """The sum of x (B, T) from the last position on at which `begins` (B, T) is set, its own included; where there is
     none yet, of all, and `start` (B, 1)."""
     sums, place = x.cumsum(1), torch.arange(x.shape[1], device=x.device)
@@ -4697,7 +4696,7 @@ def grammar_features(facts: Tensor, begins: Tensor, state: Tensor, first: int) -
     and the state before (B, S), `first` tokens on: whether brackets of each kind are open, whether the innermost is of
     it (of several that a token opens, all are); two round ones, three of all; a straight quote in this line; code; the
     line's end; a list; brackets over 8; and whether the innermost was opened LONG_OPEN tokens ago. fp32 (B, T,
-    GRAMMAR_FEATURES), and the state behind the last token.
+    Grammar.FEATURES), and the state behind the last token.
 
     A token maps a count x to max(x + change, least). Maps of that form follow each other by sums and maxima, so all
     positions are found at once; a document begins with a map that leaves nothing. The innermost bracket of d is the one
@@ -4718,9 +4717,9 @@ def grammar_features(facts: Tensor, begins: Tensor, state: Tensor, first: int) -
     innermost = opened.gather(2, counts.clamp(1, OPEN_LEVELS)[:, :, None] - 1)[:, :, 0].where(counts > 0, -1)
     newest = innermost.amax(1)
     after = torch.cat([line > 0, ends[:, :-1] > 0], 1) & ~begins  # the line's first token
-    quote = since(quotes, begins | (breaks > 0), quote) % 2
-    open_code = since(code, begins, open_code) % 2
-    item = since(items * (after | (breaks > 0)), after | begins | (breaks > 0), item)
+    quote = sum_since(quotes, begins | (breaks > 0), quote) % 2
+    open_code = sum_since(code, begins, open_code) % 2
+    item = sum_since(items * (after | (breaks > 0)), after | begins | (breaks > 0), item)
     features = torch.cat([counts > 0, (innermost == newest[:, None]) & (innermost >= 0), torch.stack([
         counts[:, 0] > 1, counts.sum(1) > 2, quote > 0, open_code > 0, ends > 0, item > 0, counts.sum(1) / 8,
         (newest >= 0) & (place - newest >= LONG_OPEN)], 1)], 1).float().mT
@@ -4739,10 +4738,11 @@ class Grammar(nn.Module):
 
     FACTS = 2 * len(BRACKETS) + 5
     STATE = len(BRACKETS) * (1 + OPEN_LEVELS) + 4
+    FEATURES = 2 * len(BRACKETS) + 8
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
-        self.bias = make_parameter((settings.model_dim, GRAMMAR_FEATURES), "gate", 0.0)
+        self.bias = make_parameter((settings.model_dim, self.FEATURES), "gate", 0.0)
         self.register_buffer("facts", torch.zeros(vocab_size, self.FACTS, dtype=torch.int8), persistent=False)
 
     @classmethod
@@ -4757,9 +4757,9 @@ class Grammar(nn.Module):
             text = chr(int(piece[1:-1], 16)) if tokenizer.is_byte(token) else piece
             for kind, (opens, closes) in enumerate(BRACKETS):
                 for sign in text:
-                    change = (sign == opens) - (sign == closes)
-                    facts[token, kind] += change
-                    facts[token, kinds + kind] = max(0, facts[token, kinds + kind] + change)
+                    if change := (sign == opens) - (sign == closes):
+                        facts[token, kind] += change
+                        facts[token, kinds + kind] = max(0, facts[token, kinds + kind] + change)
             tail = text.rpartition("\n")[2]
             facts[token, 2 * kinds:] = (tail.count('"'), text.count("`"), "\n" in text, text.endswith("\n"),
                                         bool(re.match(r"\s*([-*\u2022]|\d+[.)])", tail)))
@@ -4773,23 +4773,25 @@ class Grammar(nn.Module):
     @classmethod
     def read(cls, rows: Any, vocab_size: int) -> np.ndarray:
         """The inverse; ValueError where it is damaged."""
-        facts = np.zeros((vocab_size, cls.FACTS), np.int8)
+        facts, last = np.zeros((vocab_size, cls.FACTS), np.int8), [-1, 0]
         for row in rows if isinstance(rows, list) else [None]:
             if not isinstance(row, list) or len(row) != 3 or any(type(number) is not int for number in row) or not (
-                    0 <= row[0] < vocab_size and 0 <= row[1] < cls.FACTS and -127 <= row[2] <= 127):
-                raise ValueError(f"grammar: {str(row)[:60]} is no token, column and value")
-            facts[row[0], row[1]] = row[2]
+                    row[:2] > last and row[0] < vocab_size and 0 <= row[1] < cls.FACTS and row[2] and
+                    -127 * (row[1] < len(BRACKETS)) <= row[2] <= 127):
+                raise ValueError(f"grammar: {str(row)[:60]!r} is no token, column and value that could stand there")
+            facts[row[0], row[1]], last = row[2], row[:2]
         return facts
 
     @classmethod
     def told(cls, facts: np.ndarray) -> str:
-        """A line on what a tokenizer's tokens can open. ConfigError where it is nothing."""
+        """A line on what tokens with these facts (N, F) can open. ConfigError where it is nothing."""
         kinds = len(BRACKETS)
         found = {"brackets": facts[:, :2 * kinds].any(1).sum(), **dict(zip(
             ("quotes", "code", "line_breaks"), (facts[:, 2 * kinds:2 * kinds + 3] != 0).sum(0), strict=True)),
             "lists": facts[:, -1].sum()}
         if not any(found.values()):
-            raise ConfigError("GRAMMAR_BIAS=1: no token of the tokenizer has a bracket, a quote or a line break")
+            raise ConfigError("GRAMMAR_BIAS=1: no token of the validation split has a bracket, a quote, a backtick, a "
+                              "line break or a list's mark")
         return "grammar: tokens with " + " ".join(f"{name}:{count}" for name, count in found.items())
 
     def forward(self, hidden: Tensor, tokens: Tensor, context: Context) -> Tensor:
@@ -5454,7 +5456,7 @@ def forward_flops(settings: ModelSettings, vocab_size: int, phase: Phase, length
     total = 2 * vocab_size * (settings.embed_dim or width) + 4 * width * settings.embed_dim
     total += 2 * width * settings.bigram_dim * bool(settings.bigram_vocab_size)
     total += 2 * settings.retrieval_bits * (width + length / 2)
-    total += 2 * GRAMMAR_FEATURES * width * settings.grammar_bias
+    total += 2 * width * ENDINGS["grammar"].FEATURES if settings.grammar_bias else 0
     total += 2 * settings.ve_dim * width * settings.num_kv_heads / settings.num_heads * any(b.embedded for b in blocks)
     for step in phase.steps:
         block = blocks[step.block]
@@ -7938,12 +7940,12 @@ def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ConfigError(f"RUN_ID={path.parent.name}: {path}: {error}") from None
 
 
-def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str, tokenizer: Any = None
+def artifact_facts(settings: ModelSettings, vocab_size: int, tokenizer_sha256: str, grammar: np.ndarray | None = None
                    ) -> dict[str, Any]:
-    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer."""
-    grammar = ENDINGS["grammar"] if settings.grammar_bias else None
+    """What the header says besides the tensors: enough to rebuild the model and to refuse another tokenizer; Grammar's
+    facts (V, F) of a model that has it."""
     return {"model": dataclasses.asdict(settings), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256,
-            **({} if grammar is None else {"grammar": grammar.write(grammar.facts_of(tokenizer))})}
+            **({} if grammar is None else {"grammar": ENDINGS["grammar"].write(grammar)})}
 
 
 def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernels: Picked, dtype: torch.dtype,
@@ -7958,6 +7960,8 @@ def make_model_from(facts: dict[str, Any], weights: Mapping[str, Tensor], kernel
         with torch.device("meta"):
             load_weights(GPT(settings, vocab_size, kernels, dtype), weights, what, check_only=True)
         grammar = ENDINGS["grammar"].read(facts["grammar"], vocab_size) if settings.grammar_bias else None
+        if "grammar" in facts and grammar is None:
+            raise ValueError("grammar: the model has none")
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         if isinstance(error, ConfigError) and str(error).startswith(what):
             raise
@@ -9678,6 +9682,7 @@ class Run:
         self.dtype = pick_dtype(config.system.compute_dtype, world.device)
         self.kernels, self.kernel_lines = pick_kernels(config.system.kernels, world.device, self.dtype, config.model)
         self.dataset: Data | None = None
+        self.grammar: np.ndarray | None = None  # what tokens open, where the model has a part that asks
 
     def _open_folder(self) -> None:
         """Make the folder, or check that an old one belongs to the same settings; keep config.json and the script.
@@ -9727,8 +9732,8 @@ class Run:
             if common := self.dataset.manifest["disjoint"]["common"]:
                 self.log.line(f"declared: {common} validation documents also stand in the published training shards")
             if self.config.model.grammar_bias:
-                grammar = ENDINGS["grammar"]
-                self.log.line(grammar.told(grammar.facts_of(self.dataset.tokenizer)))
+                self.grammar = ENDINGS["grammar"].facts_of(self.dataset.tokenizer)
+                self.log.line(ENDINGS["grammar"].told(self.grammar[np.unique(val.tokens)]))
             self.log.line(f"train_shards: {len(self.dataset.train.shards)} train_tokens:{len(self.dataset.train)} "
                           f"checked_in:{self.clock() - began:.1f}s")
         return self.dataset
@@ -9738,7 +9743,8 @@ class Run:
         model = GPT(self.config.model, self.config.data.vocab_size, self.kernels, self.dtype)
         check_roles(model)
         if model.grammar is not None:
-            model.grammar.facts.copy_(torch.from_numpy(model.grammar.facts_of(self.data().tokenizer)))
+            self.data()
+            model.grammar.facts.copy_(torch.from_numpy(self.grammar))
         return model.to(self.world.device)
 
     def score(self, kind: str, model: GPT, phase: int = -1) -> Score:
@@ -9976,7 +9982,7 @@ class Squeeze:
             if name in REFINEMENTS:
                 self.routes = REFINEMENTS[name](weights, self.routes, self.calibration, self.sites, self.settings)
         self.facts = artifact_facts(run.config.model, run.config.data.vocab_size, run.data().tokenizer_sha256,
-                                    run.data().tokenizer)
+                                    run.grammar)
         self.codecs, _ = pick_codecs(self.settings.codec)
         self.built: dict[int, Built] = {}
 

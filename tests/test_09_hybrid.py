@@ -41,6 +41,7 @@ from train_gpt import (
     plan_blocks,
     plan_phase,
     plan_text,
+    row_spans,
     site_shapes,
     weight_sites,
     written_shares,
@@ -516,6 +517,10 @@ def test_what_is_open_hangs_on_the_tokens_of_the_document_alone():
 
     wanted = features(None)
     assert torch.equal(features(document_index(tokens)), wanted)
+    forward, spans = make_forward(model, 0), row_spans(document_index(tokens).numpy(), torch.device("cpu"))
+    with torch.no_grad():
+        in_rows = forward(tokens, document_index(tokens))
+        assert torch.allclose(forward(tokens.view(1, -1), spans).view(3, 60, -1), in_rows, atol=1e-5)
     for row, cuts in enumerate(([0, 20], [0], [0, 33])):
         for begin, end in itertools.pairwise([*cuts, 60]):
             alone = features_by_hand(tokens[row, begin:end].tolist()) @ model.grammar.bias.detach().T
@@ -545,11 +550,25 @@ def test_the_bias_begins_as_nothing_learns_and_stands_in_the_artifact(mini, tmp_
     again = train_gpt.make_model_from(facts, weights, kernels, torch.float32, path)
     assert (again.grammar.facts.numpy() == table).all()
     for damaged in ([[0, 99, 1]], [[-1, 0, 1]], [[1, 2]], [[0, 0, 300]], "x", None, {}, [[0, 0, 1.5]], [[0, 0, True]],
-                    [[0, 0, -2 ** 63]], [1], [[0, 0, "1"]]):
+                    [[0, 0, -2 ** 63]], [1], [[0, 0, "1"]], [[0, 0, 1], [0, 0, 1]], [[3, 1, 1], [2, 1, 1]], [[0, 0, 0]],
+                    [[0, 8, -1]], ["\x1b[2J"]):
         broken = {**facts, "grammar": damaged} if damaged is not None else {
             key: value for key, value in facts.items() if key != "grammar"}
         with pytest.raises(train_gpt.ConfigError, match="describes no model"):
             train_gpt.make_model_from(broken, weights, kernels, torch.float32, path)
+    other = {**facts, "model": {**facts["model"], "grammar_bias": False}}
+    without = {name: weight for name, weight in weights.items() if name != "grammar.bias"}
+    with pytest.raises(train_gpt.ConfigError, match="the model has none"):
+        train_gpt.make_model_from(other, without, kernels, torch.float32, path)
+
+
+def test_a_tokenizer_that_opens_nothing_is_a_mistake():
+    facts = Grammar.facts_of(Pieces(["<pad>", "<s>", "a", "\u2581b"]))
+    with pytest.raises(ConfigError, match="GRAMMAR_BIAS=1: no token"):
+        Grammar.told(facts)
+    told = Grammar.told(Grammar.facts_of(Pieces(["<pad>", "<s>", "(", ")", '"', "\n", "- ", "`"])))
+    assert told == "grammar: tokens with brackets:2 quotes:1 code:1 line_breaks:1 lists:1"
+    assert (Grammar.read(Grammar.write(facts), len(facts)) == facts).all()
 
 
 # -- depth at evaluation

@@ -1336,6 +1336,17 @@ def test_plan_of_the_packed_file_alone_is_the_readable_files(real, tmp_path, pre
     assert texts[0] == texts[1]
 
 
+def test_what_only_one_part_needs_goes_with_it(real):
+    """All that the bias by what is open reaches, and a mixer's own functions."""
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    for words, gone in ((["PRESET=baseline"], True), (["PRESET=baseline", "GRAMMAR_BIAS=1", "STACK=K A"], False)):
+        config = real.load_config([*words, "OVERLAY="], {}, gpus=0)
+        dropped = pack.shrink_source(source, real.baked(config), real.used_rows(config)).dropped
+        for name in ("Grammar", "grammar_features", "sum_since", "BRACKETS", "OPEN_LEVELS", "RESET", "LONG_OPEN",
+                     "SpanKnot", "knot_fields", "KNOT_NEAR"):
+            assert (name in dropped) == gone, (words, name)
+
+
 def test_a_packed_file_refuses_other_systems_and_rows(real, tmp_path, capsys, monkeypatch):
     config = real.load_config(["PRESET=baseline", "OVERLAY=", "CODEC=zlib"], {}, gpus=0)
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")

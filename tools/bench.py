@@ -958,7 +958,7 @@ def speeds_at(reader: generate.Reader, text: list[int], places: list[int],
 
 def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Table]:
     """Greedy text of each artifact in all rows of GENERATE_ROWS."""
-    rows, places = [], options["AT"]
+    rows, places = [], list(dict.fromkeys(options["AT"]))
     for folder in folders or [newest_run()]:
         first: list[int] = []
         for name, changes in GENERATE_ROWS.items():
@@ -983,7 +983,7 @@ def bench_generate(folders: list[Path], options: dict[str, Any]) -> Iterator[Tab
                **{f"at {place}": ",.1f" for place in places}, "last / first": ".3f", "drafts taken": ".0%",
                "model bytes": ",d", "packed / bf16": ".3f", "state bytes": ",d"}
     yield Table(f"Greedy text of {options['TOKENS']} tokens from each artifact", columns, rows,
-                f"at n: the median of {NEAR} tokens behind token n, read by turns with the other places; text: "
+                f"at n: the median of up to {NEAR} tokens behind token n, read by turns with the other places; text: "
                 "against the first row of the same artifact; packed / bf16: bytes of the ternary matrices; state: what "
                 "is kept of the text at its end")
 

@@ -27,7 +27,7 @@ COMPARE = ROOT / "records" / "compare_presets.json"  # made by ./run.sh bench pr
 CRAWLER = ROOT / "records" / "compare_crawler.json"  # made by ./run.sh bench crawler
 TERNARY = ROOT / "records" / "compare_ternary.json"  # made by ./run.sh bench ternary
 HYBRID = ROOT / "records" / "compare_hybrid.json"  # made by ./run.sh bench hybrid
-HYBRID_MORE = ROOT / "records" / "compare_hybrid_more.json"  # likewise, with ROWS
+HYBRID_MORE = ROOT / "records" / "compare_hybrid_more.json"  # likewise, with ROWS and --json
 TEXT = ROOT / "records" / "generate.json"  # made by ./run.sh bench generate RUN_FOLDER ...
 JAMONE = ROOT / "records" / "jamone_run.json"  # the command is in records/LOG.md
 RUNS = {("sixteen", "tiny"): REFERENCE, ("jamone", ""): JAMONE}  # preset and overlay of a run -> its record
@@ -110,7 +110,8 @@ def suite_table(record: Path, name: str, more: dict[str, str]) -> str:
     notes = [f"{runs['title']}; {seeds} seeds", runs["note"], shapes["title"], table["note"]]
     lines += ["", ". ".join(notes) + "."]
     for extra in rest:
-        labels = [key for key in extra["rows"][0] if key != "row" and not key.endswith("+-")]
+        labels = [key for key in extra["rows"][0] if key != "row" and not key.endswith("+-") and any(
+            row[key] is not None for row in extra["rows"])]
         lines += ["", f"{extra['title']}; {extra['note']}.", "", f"| row | {' | '.join(labels)} |",
                   "| --- |" + " ---: |" * len(labels)]
         for row in extra["rows"]:
