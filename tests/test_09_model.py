@@ -357,7 +357,8 @@ def test_channels_blend_with_the_token_before_within_documents():
     blend = make_model(preset_config("baseline", SMEAR_CHANNELS=1)).blend
     e, tokens = torch.randn(1, 4, 32), torch.tensor([[7, 8, BOS, 9]])
     out = blend(e, tokens, None)
-    assert torch.allclose(out[:, [1, 3]], (e[:, [1, 3]] + e[:, [0, 2]]) / 2)
+    # Sums that nearly cancel differ by the rounding of their parts.
+    assert torch.allclose(out[:, [1, 3]], (e[:, [1, 3]] + e[:, [0, 2]]) / 2, atol=1e-6)
     assert torch.allclose(out[:, [0, 2]], e[:, [0, 2]] / 2)
 
 
